@@ -116,8 +116,6 @@ class TokenBatch:
     def to(self, device: Any) -> TokenBatch:
         """The same batch with every tensor on `device`."""
         moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if hasattr(value, "to")
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if hasattr(value, "to")
         }
         return replace(self, **moved)

@@ -1,0 +1,1 @@
+"""Rollout engines: one protocol, several ways to sample."""

@@ -1,0 +1,499 @@
+"""Every knob of a run: nested pydantic models, frozen and strict. An unknown key fails and names the nearest one.
+
+YAML uses the sections below; Python may also pass the same names flat (`GRPOConfig(num_generations=8)`), and the
+names that users of TRL type are understood (`trl_names.py`). Problems are collected and raised together as one
+`InputError`; nothing edits the user's values.
+Left out: reading files of the model or the data. What can only be known from them is checked where they are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from grpo.algorithm.recipes import RECIPES, check_objective
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic_core import ErrorDetails
+
+from grpo.errors import InputError, clip
+from grpo.trl_names import FLAT_ALIASES, translate
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("want a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys forbidden, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which causal language model, and how its weights are held."""
+
+    name_or_path: str = Field("", description="folder or hub id of a Hugging Face causal LM")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the base weights; 2 or 4 B each")
+    load_in_4bit: bool = Field(False, description="NF4 base weights through bitsandbytes; 0.52 B each")
+    trust_remote_code: bool = Field(False, description="run code that ships with the model; needs revision")
+    revision: str | None = Field(None, description="commit or tag on the hub")
+    attn_implementation: str = Field("sdpa", description="attention of transformers (sdpa, eager, …)")
+    device: str = Field("auto", description="auto = cuda if there is one, else cpu")
+
+
+class AdapterConfig(Section):
+    """LoRA through peft. Without this section the whole model is trained."""
+
+    r: Int = Field(16, ge=1, description="rank; memory grows in proportion")
+    alpha: Float = Field(32, gt=0, description="scale is alpha / r")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    target_modules: str | list[str] = Field("all-linear", description="names, a regex, or all-linear")
+
+
+class DataConfig(Section):
+    """Where prompts come from: hub id, or a local .jsonl .json .csv .parquet file or saved dataset folder."""
+
+    train: str | None = Field(None, description="training data")
+    eval: str | None = Field(None, description="held-out data; evaluated every evaluation.every_steps")
+    prompt_column: str = Field("prompt", description="text, or a list of chat messages")
+    completion_column: str = Field("completion", description="supervised stage only: the answer to learn")
+    system_prompt: str | None = Field(None, description="put in front as a system message")
+    max_prompt_length: Int = Field(1024, ge=1, description="tokens; longer prompts: see overlong_prompt")
+    overlong_prompt: Literal["error", "drop"] = Field("error", description="what to do with longer prompts")
+    shuffle: bool = Field(True, description="a new order each epoch, from the seed")
+
+
+class RewardFunction(Section):
+    """One reward: "module:function" or "path/file.py:function", and its weight in the sum."""
+
+    function: str
+    weight: Float = 1.0
+
+
+class RewardsConfig(Section):
+    """The reward functions, and what one of them failing means."""
+
+    functions: list[RewardFunction] = Field(default_factory=list, description="their weighted sum is the reward")
+    on_error: Literal["raise", "none"] = Field(
+        "raise", description="raise: save and stop; none: that completion leaves loss and baseline"
+    )
+    timeout: None = Field(None, description="not enforceable for rewards that run inline; must stay null")
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    engine: Literal["hf"] = Field("hf", description="hf: the policy samples from itself")
+    num_generations: Int = Field(8, ge=2, description="completions per prompt, the group")
+    max_completion_length: Int = Field(1024, ge=1, description="tokens; KV cache and bins grow with it")
+    temperature: Float = Field(1.0, gt=0, description="of sampling and of the policy's log-probs")
+    top_p: Float = Field(1.0, gt=0, le=1, description="nucleus; 1 = off")
+    top_k: Int = Field(0, ge=0, description="0 = off")
+    min_p: Float = Field(0.0, ge=0, lt=1, description="0 = off")
+    allow_truncated_sampling: bool = Field(
+        False, description="permit top_p, top_k, min_p in training (sampler and policy then differ)"
+    )
+    max_sequences: Int = Field(256, ge=1, description="sequences decoded at once; KV cache grows with it")
+
+
+class ObjectiveConfig(Section):
+    """The loss: a named recipe (a row of independent choices) and the knobs that override it."""
+
+    recipe: Literal[tuple(RECIPES)] = Field("dapo", description="see grpo/algorithm/recipes.py")  # type: ignore[valid-type]
+    beta: Float = Field(0.0, ge=0, description="weight of the KL to the reference; 0 = no reference, no pass")
+    kl: Literal["k1", "k2", "k3", "k3_ratio"] = Field("k3_ratio", description="estimator of the KL")
+    kl_in: Literal["loss", "reward"] = Field("loss", description="where beta · KL enters")
+    epsilon: Float = Field(0.2, gt=0, description="ratio clipped below 1 − epsilon")
+    epsilon_high: Float = Field(0.28, gt=0, description="ratio clipped above 1 + epsilon_high")
+    delta: Float | None = Field(3.0, description="dual clip: bound of the ratio when A < 0; null = off")
+    num_iterations: Int = Field(1, ge=1, description="optimizer steps on each batch of rollouts")
+    scale_rewards: Literal["none", "group", "batch"] = Field("none", description="what advantages are divided by")
+    zero_variance: Literal["skip", "drop", "refill", "keep"] = Field(
+        "skip", description="groups whose rewards are all equal: skip their forward pass (same gradient), …"
+    )
+    max_refill_rounds: Int = Field(3, ge=1, description="refill: sampling rounds at most, then go on")
+    importance_sampling_level: Literal["token", "sequence", "sequence_sum"] | None = Field(
+        None, description="level of the ratio; null = the recipe's own"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="several rewards: sum first or normalise each first"
+    )
+    mask_truncated_completions: bool = Field(False, description="cut-off completions leave loss and baseline")
+    top_entropy_quantile: Float = Field(1.0, gt=0, le=1, description="train on this share of tokens, highest entropy")
+    entropy_coef: Float = Field(0.0, description="weight of the entropy bonus; not 0 = exact but slower head")
+    sapo_temperature_pos: Float = Field(1.0, gt=0, description="sapo, A > 0")
+    sapo_temperature_neg: Float = Field(1.05, gt=0, description="sapo, A ≤ 0")
+    sampler_correction: Literal["none", "truncate", "mask"] | None = Field(
+        None, description="importance weight policy / sampler; null = none for hf"
+    )
+    correction_level: Literal["token", "sequence_mean", "sequence_sum"] = Field("token", description="of that weight")
+    correction_max: Float = Field(2.0, gt=0, description="cap, or upper end of the band")
+    correction_min: Float = Field(0.0, ge=0, description="lower end of the band")
+    off_policy_mask_threshold: Float | None = Field(
+        None, description="drop a completion with A < 0 and mean(sampler − policy log-prob) above this"
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    name: Literal["adamw"] = Field("adamw", description="torch AdamW; 8 B of state per fp32 weight")
+    learning_rate: Float = Field(1e-5, gt=0)
+    weight_decay: Float = Field(0.0, ge=0)
+    adam_beta1: Float = Field(0.9, ge=0, lt=1)
+    adam_beta2: Float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: Float = Field(1e-8, gt=0)
+    max_grad_norm: Float = Field(1.0, gt=0, description="gradient norm clipped to this")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    warmup_ratio: Float = Field(0.0, ge=0, le=1, description="share of max_steps with a rising rate")
+    min_lr_ratio: Float = Field(0.0, ge=0, le=1, description="linear, cosine: end at this share of the rate")
+
+
+class UpdateConfig(Section):
+    """How the policy update fits into memory. No knob here changes the gradient."""
+
+    max_tokens_per_batch: Int = Field(16384, ge=1, description="tokens in one packed bin; sets the update's peak")
+    activation_checkpointing: Literal["none", "recompute"] = Field(
+        "recompute", description="recompute: keep only layer inputs"
+    )
+    share_prompts: Literal[False] = Field(False, description="reserved")
+    logprob_chunk_mb: Int = Field(512, ge=1, description="MiB of the logit tile in the LM head")
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation on data.eval."""
+
+    every_steps: Int = Field(50, ge=0, description="0 = only before and after training")
+    num_generations: Int = Field(1, ge=1, description="completions per prompt")
+    temperature: Float = Field(0.0, ge=0, description="0 = greedy")
+    pass_threshold: Float = Field(1.0, description="a completion is right when its reward reaches this")
+
+
+class CheckpointConfig(Section):
+    """Exact resume points in output_dir/checkpoints."""
+
+    every_steps: Int = Field(50, ge=0, description="0 = only at the end")
+    keep: Int = Field(2, ge=1, description="newest checkpoints kept on disk")
+
+
+class LoggingConfig(Section):
+    """What is written and shown. metrics.jsonl and report.html are always written."""
+
+    every_steps: Int = Field(1, ge=1, description="steps between progress lines")
+    trackers: list[Literal["wandb"]] = Field(default_factory=list, description="in addition to the local files")
+    completions: Int = Field(3, ge=0, description="sample completions shown at the end")
+    rollouts_every_steps: Int = Field(1, ge=0, description="steps between rollout files; 0 = none")
+
+
+class RunConfig(Section):
+    """What a GRPO run and a supervised run share."""
+
+    output_dir: str = Field("runs/grpo", description="run folder")
+    seed: Int = Field(0, ge=0, lt=2**31)
+    max_steps: Int = Field(200, ge=1, description="optimizer steps")
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig | None = None
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    update: UpdateConfig = UpdateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    _source: ClassVar[str] = "config"
+    _translations: tuple[str, ...] = PrivateAttr(default=())
+
+    def __init__(self, **values: Any) -> None:
+        source = values.pop("_source_name", "") or self._source
+        nested, notes, problems = _nest(type(self), values)
+        error: ValidationError | None = None
+        try:
+            super().__init__(**nested)
+        except ValidationError as invalid:
+            error = invalid
+        if error is not None:
+            problems += [_line(type(self), detail) for detail in error.errors()]
+        elif not problems:
+            problems += self.contradictions()
+        if problems:
+            raise InputError(*[f"{source}: {line}" for line in problems])
+        self._translations = tuple(notes)
+
+    @property
+    def translations(self) -> tuple[str, ...]:
+        """Names of another trainer that were understood, one line each; the run prints them once."""
+        return self._translations
+
+    def contradictions(self) -> list[str]:
+        """Settings that are each possible but not together."""
+        problems = []
+        if self.model.trust_remote_code and self.model.revision is None:
+            problems.append("model.trust_remote_code is true (want model.revision pinned beside it)")
+        if self.model.load_in_4bit and self.adapter is None:
+            problems.append("model.load_in_4bit is true (want an adapter section: 4-bit weights are not trained)")
+        return problems
+
+    def to_yaml(self) -> str:
+        """The resolved configuration: every knob with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read YAML, apply `section.key=value` overrides, validate.
+
+        Raises:
+            InputError: one line per problem, each naming the file and the key.
+        """
+        values = read_yaml(Path(path))
+        for override in overrides:
+            _apply_override(values, override)
+        return cls(**values, _source_name=str(path))
+
+
+class GRPOConfig(RunConfig):
+    """A GRPO run. `GRPOConfig(num_generations=8, learning_rate=1e-6)` or by sections, or both."""
+
+    prompts_per_step: Int = Field(16, ge=1, description="groups in one optimizer step (all ranks)")
+    rewards: RewardsConfig = RewardsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    _source: ClassVar[str] = "GRPOConfig"
+
+    def contradictions(self) -> list[str]:
+        """Settings that are each possible but not together."""
+        problems = super().contradictions()
+        rollout = self.rollout
+        truncated = [
+            f"rollout.{name} is {getattr(rollout, name)}"
+            for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
+            if getattr(rollout, name) != off
+        ]
+        if truncated and not rollout.allow_truncated_sampling:
+            problems.append(
+                f"{', '.join(truncated)} (the sampler then differs from the policy; want "
+                "rollout.allow_truncated_sampling: true, or the knob off)"
+            )
+        return problems + check_objective(self.objective.recipe, **objective_knobs(self.objective))
+
+
+class SFTConfig(RunConfig):
+    """A supervised run: the cold-start stage before GRPO, completion-only loss."""
+
+    output_dir: str = Field("runs/sft", description="run folder")
+    examples_per_step: Int = Field(64, ge=1, description="examples in one optimizer step")
+    max_completion_length: Int = Field(1024, ge=1, description="tokens; a longer answer is an error")
+
+    _source: ClassVar[str] = "SFTConfig"
+
+
+def objective_knobs(objective: ObjectiveConfig) -> dict[str, Any]:
+    """The knobs as `policy_loss` and its companions take them (null = the recipe's own choice, left out)."""
+    knobs = objective.model_dump(exclude={"recipe"})
+    return {name: value for name, value in knobs.items() if value is not None or name == "delta"}
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """safe_load that refuses the second of two equal keys instead of keeping it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; duplicate keys, a missing file and other shapes are an `InputError`."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (want a YAML configuration)")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{path}: not valid YAML{where}: {clip(problem)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"{path}: holds {type(values).__name__} (want sections: `model: …`, `data: …`)")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"override {clip(override)!r} has no value (want section.key=value)")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {clip(override)!r}: {clip(text)!r} is not valid YAML") from None
+    *parents, leaf = path.split(".")
+    here = values
+    for name in parents:
+        if here.get(name) is None:
+            here[name] = {}
+        elif isinstance(here[name], list) and name == "rewards":
+            here[name] = {"functions": here[name]}
+        if not isinstance(here[name], dict):
+            raise InputError(f"override {clip(override)!r}: {name} is not a section")
+        here = here[name]
+    here[leaf] = value
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+
+
+def _sections(cls: type[BaseModel]) -> dict[str, type[Section]]:
+    found: dict[str, type[Section]] = {}
+    for name, field in cls.model_fields.items():
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, Section):
+                found[name] = candidate
+    return found
+
+
+def flat_names(cls: type[RunConfig]) -> dict[str, str]:
+    """Flat name → dotted path. A leaf keeps its own name when no alias of `trl_names` renames it."""
+    names: dict[str, str] = {}
+    renamed = {path: alias for alias, path in FLAT_ALIASES.items()}
+    for section, model in _sections(cls).items():
+        for leaf in model.model_fields:
+            path = f"{section}.{leaf}"
+            flat = renamed.get(path, leaf)
+            if flat not in cls.model_fields:
+                if flat in names:
+                    raise AssertionError(f"flat name {flat} means both {names[flat]} and {path}")
+                names[flat] = path
+    return names
+
+
+def known_paths(cls: type[RunConfig]) -> list[str]:
+    """Every dotted path of the configuration."""
+    sections = _sections(cls)
+    own = [name for name in cls.model_fields if name not in sections]
+    return own + [f"{name}.{leaf}" for name, model in sections.items() for leaf in model.model_fields]
+
+
+def _nest(cls: type[RunConfig], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Flat and foreign names → sections. Returns (values, notes, problems)."""
+    values, notes, problems = translate(dict(values)) if "rollout" in cls.model_fields else (dict(values), [], [])
+    flat, sections = flat_names(cls), _sections(cls)
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "rewards" and isinstance(value, list):
+            nested[name] = {"functions": value}
+        elif name in sections and isinstance(value, Mapping):
+            nested[name] = {**nested.get(name, {}), **value}
+        elif name in cls.model_fields:
+            nested[name] = value
+        elif name in flat:
+            section, leaf = flat[name].split(".")
+            if leaf in (values.get(section) or {}):
+                problems.append(f"{name} is given twice (flat and in {section})")
+            nested[section] = {**(nested.get(section) or {}), leaf: value}
+        else:
+            problems.append(_unknown(cls, name))
+    if isinstance(nested.get("rewards"), dict):
+        nested["rewards"] = _reward_entries(nested["rewards"])
+    if isinstance(nested.get("objective"), dict):
+        nested["objective"] = _recipe_defaults(nested["objective"])
+    return (
+        {
+            name: {} if name in sections and name != "adapter" and value is None else value
+            for name, value in nested.items()
+        },
+        notes,
+        problems,
+    )
+
+
+def _reward_entries(section: dict[str, Any]) -> dict[str, Any]:
+    functions = section.get("functions")
+    if not isinstance(functions, list):
+        return section
+    return {
+        **section,
+        "functions": [{"function": entry} if isinstance(entry, str) else entry for entry in functions],
+    }
+
+
+def _recipe_defaults(section: dict[str, Any]) -> dict[str, Any]:
+    recipe = RECIPES.get(section.get("recipe", "dapo")) if isinstance(section.get("recipe", "dapo"), str) else None
+    return {**dict(recipe.defaults), **section} if recipe else section
+
+
+def _unknown(cls: type[RunConfig], path: str) -> str:
+    nearest = nearest_name(path, [*known_paths(cls), *flat_names(cls)])
+    return f"{path} is unknown" + (f" (did you mean {nearest}?)" if nearest else "")
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`: the same leaf in another section first, then the nearest spelling."""
+    known = list(known)
+    leaf = name.rsplit(".", 1)[-1]
+    leaves: dict[str, str] = {}
+    for candidate in known:
+        leaves.setdefault(candidate.rsplit(".", 1)[-1], candidate)
+    same_section = [k for k in known if "." in name and k.rpartition(".")[0] == name.rpartition(".")[0]]
+    for pool in (same_section, known):
+        if close := difflib.get_close_matches(name, pool, n=1, cutoff=0.75):
+            return close[0]
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    return leaves[close[0]] if close else None
+
+
+_WANT = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+    "missing": "a value",
+    "finite_number": "a finite number",
+    "none_required": "null",
+    "model_type": "a section with keys",
+}
+_TYPE_WANT = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+}
+
+
+def _line(cls: type[RunConfig], detail: ErrorDetails) -> str:
+    # A union adds the tried type's name to the location; only names of the configuration are shown.
+    parts = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
+    parts = [part for part in parts if part not in ("str", "int", "float", "bool")]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    path = path.replace("rewards.functions[", "rewards[")
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return _unknown(cls, path)
+    want = _WANT.get(kind, "").format(**detail.get("ctx", {}))
+    if not want:
+        want = next((text for prefix, text in _TYPE_WANT.items() if kind.startswith(prefix)), "")
+    if not want:
+        want = detail["msg"].removeprefix("Value error, want ")
+    value = "missing" if kind == "missing" else clip(repr(detail["input"]))
+    return f"{path} is {value} (want {want})"

@@ -1,0 +1,138 @@
+"""Weights and tokenizer: from a folder, a hub id, or an object the user already has.
+
+Left out: architecture-specific code. A causal LM is what `AutoModelForCausalLM` loads; `policy.py` probes the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo.config import ModelConfig
+from grpo.errors import InputError, clip
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises `InputError` when a named device is absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"model.device is {name!r} (want auto, cpu, cuda or cuda:N)") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device is {name!r} but there is no CUDA device (want cpu or auto)")
+    return device
+
+
+def _where(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _check_source(config: ModelConfig) -> None:
+    name = config.name_or_path
+    if not name:
+        raise InputError("model.name_or_path is missing (want a folder or a hub id)")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise InputError(f"model.name_or_path is {clip(name)!r}: no such folder")
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer beside the model. Raises `InputError` naming the knob when there is none."""
+    from transformers import AutoTokenizer
+
+    _check_source(config)
+    try:
+        return AutoTokenizer.from_pretrained(str(Path(config.name_or_path).expanduser()), **_where(config))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.name_or_path is {clip(config.name_or_path)!r}: no tokenizer: {clip(error, 200)}"
+        ) from error
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The Hugging Face configuration alone (no weights): architecture and context length."""
+    from transformers import AutoConfig
+
+    _check_source(config)
+    try:
+        return AutoConfig.from_pretrained(str(Path(config.name_or_path).expanduser()), **_where(config))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
+
+
+def load_model(config: ModelConfig) -> nn.Module:
+    """A causal LM in `config.dtype` on its device; NF4 with double quantisation when `load_in_4bit`.
+
+    Raises:
+        InputError: missing folder, unknown hub id, or a folder without weights, naming `model.name_or_path`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_source(config)
+    device = resolve_device(config.device)
+    arguments: dict[str, Any] = {
+        **_where(config),
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attn_implementation,
+    }
+    if config.load_in_4bit:
+        arguments |= {"quantization_config": _nf4(config), "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(Path(config.name_or_path).expanduser()), **arguments)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
+    if config.load_in_4bit:
+        _keep_layout_on_cpu(model)
+        return model
+    return model.to(device)
+
+
+def _nf4(config: ModelConfig) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+
+
+def _keep_layout_on_cpu(model: nn.Module) -> None:
+    # On CPUs with AVX512-BF16 the first eval forward repacks the weight in place and the input gradient is lost.
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def context_length(hf_config: Any) -> int | None:
+    """The longest sequence the architecture states, or None when it states none."""
+    text_config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def stop_token_ids(tokenizer: Any, model: nn.Module | None = None) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's EOS and those of the generation configuration.
+
+    Raises:
+        InputError: there is none, so that no completion could end.
+    """
+    generation = getattr(model, "generation_config", None)
+    found: list[int] = []
+    for value in (getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)):
+        found += list(value) if isinstance(value, list | tuple) else [value]
+    ids = tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+    if not ids:
+        raise InputError("the tokenizer has no EOS token (want tokenizer.eos_token set): no completion could end")
+    return ids

@@ -1,0 +1,245 @@
+"""The policy: one causal LM, its backbone apart from its LM head, and the reference it is held against.
+
+Hidden states come from the backbone, log-probs from `kernels.token_logprobs`, so no [T, V] logits ever exist. How the
+head turns hidden states into logits (bias, scale, softcap) and whether the backbone keeps packed documents apart is
+not looked up by name: both are probed at start against the model's own logits, and a model that fits neither is
+refused in one line. Left out: encoder-decoders and models with several heads.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo.batch import TokenBatch
+from grpo.errors import InputError
+from grpo.kernels import TokenLogprobs, token_logprobs
+from grpo.model.adapter import adapter_off, base_of, is_adapted
+
+# Relative error of hidden states or logits that rounding alone can cause between two orders of the same sums.
+_PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap((h·Wᵀ + b)·scale), weight [V, H], bias [V] or None."""
+
+    module: nn.Module
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H] in the model's dtype."""
+        return self.module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] or None."""
+        return getattr(self.module, "bias", None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, H] → [B, V] in float32: for the few rows of a decode step, never for a whole sequence."""
+        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+        else:
+            logits = hidden.float() @ self.weight.float().t()
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        logits = logits * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+class Policy:
+    """A causal LM ready for the update path.
+
+    Args:
+        module: the model, possibly wrapped by peft.
+        keep_reference: full fine-tuning with beta > 0: keep a frozen copy of the weights as they are now.
+        activation_checkpointing: "none" or "recompute" (transformers' own, non-reentrant).
+        chunk_mb: size of the logit tile of the head, MiB.
+
+    Raises:
+        InputError: the head or the backbone is not understood (see the module's docstring).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        keep_reference: bool = False,
+        activation_checkpointing: str = "none",
+        chunk_mb: int = 512,
+    ) -> None:
+        self.module = module
+        self.causal_lm: Any = base_of(module)
+        self.backbone: Any = self.causal_lm.base_model
+        self.chunk_mb = chunk_mb
+        self._accepts: set[str] = set(inspect.signature(self.backbone.forward).parameters)
+        self.head = self._probe_head()
+        self.packs = self._probe_packing()
+        self._reference = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
+        if activation_checkpointing == "recompute" and self.causal_lm.supports_gradient_checkpointing:
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head, and so the log-probs, live."""
+        return self.head.weight.device
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the backbone can be told positions."""
+        return "position_ids" in self._accepts
+
+    @property
+    def adapted(self) -> bool:
+        """Whether only an adapter is trained."""
+        return is_adapted(self.module)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name → parameter, for every parameter that is trained (a tied one once)."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def notes(self) -> list[str]:
+        """What the probes found and the user should know, one line each."""
+        total = sum(p.numel() for p in self.module.parameters())
+        trained = sum(p.numel() for p in self.trainable().values())
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()}))
+        lines = [
+            f"{type(self.causal_lm).__name__}: {total:,} parameters ({dtypes}), {trained:,} trained, on {self.device}"
+        ]
+        if not self.packs:
+            lines.append("this architecture does not keep packed documents apart: documents run one by one (slower)")
+        if not self.adapted and any(p.dtype == torch.bfloat16 for p in self.trainable().values()):
+            lines.append(
+                "full fine-tuning in bfloat16: updates below 1/256 of a weight round away (model.dtype: float32 keeps them)"
+            )
+        return lines
+
+    def hidden_states(self, batch: TokenBatch) -> Tensor:
+        """[T, H] hidden states of one bin, before the LM head."""
+        if self.packs or batch.cu_seqlens.numel() == 2:
+            return self._backbone(batch.input_ids, batch.positions)
+        bounds = batch.cu_seqlens.tolist()
+        return torch.cat(
+            [
+                self._backbone(batch.input_ids[start:end], batch.positions[start:end])
+                for start, end in itertools.pairwise(bounds)
+            ]
+        )
+
+    def logprobs(self, batch: TokenBatch, temperature: float, return_entropy: Any = False) -> TokenLogprobs:
+        """Log-probs [N] (float32) of the scored tokens of a bin; differentiable outside `torch.no_grad()`."""
+        hidden = self.hidden_states(batch).index_select(0, batch.scored_index)
+        return token_logprobs(
+            hidden,
+            self.head.weight,
+            batch.targets.index_select(0, batch.scored_index),
+            bias=self.head.bias,
+            temperature=temperature,
+            softcap=self.head.softcap,
+            logit_scale=self.head.scale,
+            return_entropy=return_entropy,
+            chunk_mb=self.chunk_mb,
+        )
+
+    @contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """The reference policy: this one with its adapter off, or the frozen copy. Evaluation mode, no gradient.
+
+        Raises:
+            RuntimeError: full fine-tuning without `keep_reference`.
+        """
+        with self.evaluating(), torch.no_grad():
+            if self.adapted:
+                with adapter_off(self.module):
+                    yield self
+            elif self._reference is None:
+                raise RuntimeError("no reference was kept (Policy(keep_reference=True))")
+            else:
+                frozen = copy.copy(self)
+                frozen.module = frozen.causal_lm = self._reference.eval()
+                frozen.backbone = self._reference.base_model
+                frozen.head = Head(self._reference.get_output_embeddings(), self.head.softcap, self.head.scale)
+                yield frozen
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode (no dropout, no checkpointing) until the block ends; then the mode it had."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train(training)
+
+    # --- probes ----------------------------------------------------------------------------------------------
+
+    def _backbone(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        # No attention mask and no cache: only then does transformers build the block-diagonal mask of packed documents.
+        arguments: dict[str, Any] = {"input_ids": input_ids[None], "use_cache": False}
+        if self.takes_positions:
+            arguments["position_ids"] = positions[None]
+        return self.backbone(**arguments).last_hidden_state[0]
+
+    def _probe_head(self) -> Head:
+        module = self.causal_lm.get_output_embeddings()
+        name = type(self.causal_lm).__name__
+        if module is None or not isinstance(getattr(module, "weight", None), Tensor):
+            raise InputError(f"{name} has no LM head (want a causal language model)")
+        if hasattr(module, "base_layer"):
+            raise InputError("adapter.target_modules reaches the LM head (want it left out)")
+        if not module.weight.is_floating_point():
+            raise InputError(f"the LM head of {name} is quantised (want it left in 16 or 32 bits)")
+        ids = _probe_ids(self.causal_lm, 8)
+        with self.evaluating(), torch.no_grad():
+            hidden = self._backbone(ids, torch.arange(8, device=ids.device))
+            wanted = self.causal_lm(input_ids=ids[None], use_cache=False).logits[0].float()
+        heads = _possible_heads(module, self.causal_lm.config)
+        errors = [_relative_error(head.logits(hidden), wanted) for head in heads]
+        best = min(range(len(heads)), key=errors.__getitem__)
+        if not errors[best] <= _PROBE_TOLERANCE[hidden.dtype]:
+            raise InputError(
+                f"{name}: logits are not softcap((h·Wᵀ + b)·scale) of its backbone (relative error {errors[best]:.1e})"
+            )
+        return heads[best]
+
+    def _probe_packing(self) -> bool:
+        if not self.takes_positions:
+            return False
+        ids = _probe_ids(self.causal_lm, 12)
+        positions = torch.cat([torch.arange(7), torch.arange(5)]).to(ids.device)
+        with self.evaluating(), torch.no_grad():
+            packed = self._backbone(ids, positions)
+            single = torch.cat([self._backbone(ids[:7], positions[:7]), self._backbone(ids[7:], positions[7:])])
+        return _relative_error(packed, single) <= _PROBE_TOLERANCE[packed.dtype]
+
+
+def _probe_ids(model: Any, count: int) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    return (torch.arange(count, device=device) * 7 + 3) % vocabulary
+
+
+def _possible_heads(module: nn.Module, hf_config: Any) -> list[Head]:
+    config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    scales = {1.0}
+    for name in ("logit_scale", "logits_scaling"):
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            scales |= {float(value), 1.0 / float(value)}
+    cap = getattr(config, "final_logit_softcapping", None)
+    return [Head(module, cap, scale) for scale in sorted(scales, key=lambda s: s != 1.0)]
+
+
+def _relative_error(value: Tensor, wanted: Tensor) -> float:
+    return float((value.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30))

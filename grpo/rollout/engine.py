@@ -1,0 +1,56 @@
+"""What every rollout engine offers, and what it is asked for. Ids in, ids out: text is decoded once, for people."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from grpo.batch import Prompt, Rollouts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 are off.
+
+    `seed` belongs to one rollout; the noise of a sample is a function of (seed, epoch, prompt id, generation, token).
+    """
+
+    num_generations: int
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What `load_weights` moved: bytes and seconds (0 where the engine is the policy itself)."""
+
+    policy_version: int
+    num_bytes: int
+    seconds: float
+
+
+class RolloutEngine(Protocol):
+    """One way to sample. `policy_version` is −1 before the first `load_weights` and grows by one with each."""
+
+    policy_version: int
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Resources for sampling exist inside this block alone, also when an exception passes."""
+
+    def load_weights(self, policy: Any) -> SyncReport:
+        """Bring the engine to the policy's present weights; only inside `awake()`."""
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> Rollouts:
+        """`sampling.num_generations` completions for each prompt, in prompt order."""
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Teacher-forced log-probs at temperature 1 of every token but the first, for consistency probes."""
+
+    def close(self) -> None:
+        """Give everything back."""

@@ -1,0 +1,39 @@
+"""Counter-based random numbers: a value is a function of its key and counter, never of what was drawn before.
+
+That makes sampling independent of batch order and of restarts: the noise of token t of one completion is
+f(run seed, step, prompt, generation, t). Keys come from SHA-256, counters through SplitMix64 (Steele et al. 2014).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+def seed_for(*key: int | str) -> int:
+    """A 62-bit seed from any key, e.g. `seed_for(run_seed, "rollout", step, prompt_id, generation)`."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def uniforms(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """float64 uniforms in [0, 1), one per pair of `seeds` and `counters` (broadcast), 53 random bits each."""
+    with np.errstate(over="ignore"):
+        z = seeds.astype(np.uint64) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * _MIX1
+        z = (z ^ (z >> np.uint64(27))) * _MIX2
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(size: int, seed: int, epoch: int) -> list[int]:
+    """The order of rows in `epoch`: f(seed, epoch), so that a resumed second epoch has its own order."""
+    order = list(range(size))
+    random.Random(seed_for(seed, "permutation", epoch)).shuffle(order)
+    return order

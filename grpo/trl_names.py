@@ -1,0 +1,134 @@
+"""Names that users of TRL's GRPOTrainer already type: kept, translated (and said so), or refused with the replacement.
+
+Left out: anything of TRL's that has no counterpart here; such a name is unknown and the nearest known one is named.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Flat names that differ from the leaf in their section (the leaf alone would be ambiguous or already has a name).
+FLAT_ALIASES = {
+    "lora_r": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.target_modules",
+    "train_data": "data.train",
+    "eval_data": "data.eval",
+    "reward_functions": "rewards.functions",
+    "optim": "optimizer.name",
+    "num_generations_eval": "evaluation.num_generations",
+    "temperature_eval": "evaluation.temperature",
+    "eval_steps": "evaluation.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "logging_steps": "logging.every_steps",
+    "report_to": "logging.trackers",
+    "log_completions": "logging.completions",
+}
+
+_RENAMED = {  # name: (ours, value map or None)
+    "loss_type": ("recipe", None),
+    "vllm_importance_sampling_clip_max": ("correction_max", None),
+    "vllm_importance_sampling_clip_min": ("correction_min", None),
+}
+
+_REFUSED = {
+    "steps_per_generation": "one batch of rollouts is one optimizer step; use num_iterations to reuse it",
+    "generation_batch_size": "use prompts_per_step × num_generations",
+    "use_liger_kernel": "the log-prob head is always chunked; remove it",
+    "sync_ref_model": "the reference stays fixed; restart from the trained model instead",
+    "use_adaptive_entropy": "use entropy_coef",
+    "num_train_epochs": "use max_steps",
+    "use_vllm": "the vllm engine is not available yet; use rollout.engine: hf",
+    "vllm_mode": "the vllm engine is not available yet; use rollout.engine: hf",
+    "vllm_gpu_memory_utilization": "the vllm engine is not available yet; use rollout.engine: hf",
+    "fp16": "use bf16: true or model.dtype: float32",
+}
+_HARMLESS = {"use_vllm": False, "use_liger_kernel": False, "sync_ref_model": False, "fp16": False}
+
+
+def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Foreign names → ours. Returns (values, notes to print once, problems)."""
+    notes: list[str] = []
+    problems: list[str] = []
+    for name, reason in _REFUSED.items():
+        if name in values:
+            given = values.pop(name)
+            if name not in _HARMLESS or given != _HARMLESS[name]:
+                problems.append(f"{name} is {given!r} ({reason})")
+
+    def rename(old: str, new: str, value: Any) -> None:
+        if new in values:
+            problems.append(f"{old} and {new} are both given (want one)")
+        values[new] = value
+        notes.append(f"{old} is understood as {new}: {value}")
+
+    for old, (new, _) in _RENAMED.items():
+        if old in values:
+            rename(old, new, values.pop(old))
+    if values.get("recipe") == "vespo":
+        problems.append("loss_type is 'vespo' (want one of the recipes; gspo or cispo come nearest)")
+        values.pop("recipe")
+    _switches(values, rename)
+    _sampler_correction(values, rename)
+    _batch_size(values, rename, problems)
+    return values, notes, problems
+
+
+def _switches(values: dict[str, Any], rename: Any) -> None:
+    if "bf16" in values:
+        rename("bf16", "dtype", "bfloat16" if values.pop("bf16") else "float32")
+    if "gradient_checkpointing" in values:
+        wanted = values.pop("gradient_checkpointing")
+        rename("gradient_checkpointing", "activation_checkpointing", "recompute" if wanted else "none")
+    if "use_bias_correction_kl" in values:
+        rename("use_bias_correction_kl", "kl", "k3_ratio" if values.pop("use_bias_correction_kl") else "k3")
+    if isinstance(values.get("scale_rewards"), bool):
+        rename("scale_rewards", "scale_rewards_", "group" if values["scale_rewards"] else "none")
+        values["scale_rewards"] = values.pop("scale_rewards_")
+    if isinstance(values.get("log_completions"), bool):
+        values["log_completions"] = 3 if values["log_completions"] else 0
+    if values.get("report_to") in ("none", None) and "report_to" in values:
+        values["report_to"] = []
+    elif isinstance(values.get("report_to"), str):
+        values["report_to"] = [values["report_to"]]
+
+
+def _sampler_correction(values: dict[str, Any], rename: Any) -> None:
+    enabled = values.pop("vllm_importance_sampling_correction", None)
+    mode = values.pop("vllm_importance_sampling_mode", None)
+    if enabled is False:
+        rename("vllm_importance_sampling_correction", "sampler_correction", "none")
+    elif mode is not None:
+        level, _, kind = str(mode).rpartition("_")
+        rename("vllm_importance_sampling_mode", "sampler_correction", kind)
+        rename(
+            "vllm_importance_sampling_mode",
+            "correction_level",
+            "sequence_sum" if level == "sequence" else level,
+        )
+    elif enabled:
+        rename("vllm_importance_sampling_correction", "sampler_correction", "truncate")
+
+
+def _batch_size(values: dict[str, Any], rename: Any, problems: list[str]) -> None:
+    """per_device_train_batch_size × gradient_accumulation_steps completions → prompts_per_step groups."""
+    if "per_device_train_batch_size" not in values and "gradient_accumulation_steps" not in values:
+        return
+    size = values.pop("per_device_train_batch_size", 8)
+    accumulation = values.pop("gradient_accumulation_steps", 1)
+    group = values.get("num_generations", (values.get("rollout") or {}).get("num_generations", 8))
+    if not all(isinstance(number, int) for number in (size, accumulation, group)):
+        problems.append("per_device_train_batch_size or gradient_accumulation_steps is not a whole number")
+    elif group < 1 or size * accumulation % group:
+        problems.append(
+            f"per_device_train_batch_size × gradient_accumulation_steps is {size * accumulation} completions "
+            f"(want a multiple of num_generations = {group})"
+        )
+    else:
+        rename(
+            "per_device_train_batch_size × gradient_accumulation_steps",
+            "prompts_per_step",
+            size * accumulation // group,
+        )
