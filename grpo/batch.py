@@ -119,3 +119,17 @@ class TokenBatch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if hasattr(value, "to")
         }
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class RolloutBuffer:
+    """Scored and packed rollouts while `num_iterations` optimizer steps use them.
+
+    `iteration` counts the steps that have used it; `metrics` (of the rollouts, not of the update) appear in the row
+    of each of them. `old_logprobs` of the batches are those of the first of these steps.
+    """
+
+    batches: list[TokenBatch]
+    totals: Totals
+    metrics: dict[str, float]
+    iteration: int = 0

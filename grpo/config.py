@@ -86,6 +86,7 @@ class RewardsConfig(Section):
     on_error: Literal["raise", "none"] = Field(
         "raise", description="raise: save and stop; none: that completion leaves loss and baseline"
     )
+    weights: list[Float] | None = Field(None, description="of functions passed in Python, in their order")
     timeout: None = Field(None, description="not enforceable for rewards that run inline; must stay null")
 
 
@@ -273,6 +274,8 @@ class GRPOConfig(RunConfig):
         """Settings that are each possible but not together."""
         problems = super().contradictions()
         rollout = self.rollout
+        if self.rewards.functions and self.rewards.weights is not None:
+            problems.append("rewards.weights is given beside rewards.functions (want each function's own weight)")
         truncated = [
             f"rollout.{name} is {getattr(rollout, name)}"
             for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))

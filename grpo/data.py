@@ -177,6 +177,13 @@ def with_system(prompt: Any, system_prompt: str | None) -> Any:
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
+def prompt_text(prompt: Any) -> str:
+    """A prompt for people to read: text as it is, messages as `role: content` lines."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
     """Token ids of text (as it stands) or of messages (chat template, ready for the assistant's answer)."""
     if isinstance(prompt, str):

@@ -16,6 +16,7 @@ FLAT_ALIASES = {
     "train_data": "data.train",
     "eval_data": "data.eval",
     "reward_functions": "rewards.functions",
+    "reward_weights": "rewards.weights",
     "optim": "optimizer.name",
     "num_generations_eval": "evaluation.num_generations",
     "temperature_eval": "evaluation.temperature",

@@ -1,0 +1,178 @@
+"""The `grpo` command: demo, train, sft, evaluate.
+
+Exit codes: 0 done, 1 the run failed (the folder is saved), 2 bad input, 75 stopped by a signal (resume it).
+Left out: anything a Python caller could want too. Each command is a few lines over the public classes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from grpo.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from grpo.config import GRPOConfig
+    from grpo.trainer.base import BaseTrainer
+    from grpo.trainer.loop import GRPOTrainer
+
+STOPPED = 75
+
+ConfigFile = Annotated[Path, tyro.conf.arg(metavar="CONFIG.yaml", help="the run's configuration")]
+Overrides = Annotated[
+    list[str], tyro.conf.arg(metavar="section.key=value", help="override a knob, e.g. optimizer.learning_rate=1e-6")
+]
+Debug = Annotated[bool, tyro.conf.arg(help="show the traceback of an error")]
+Resume = Annotated[bool, tyro.conf.arg(help="go on from the newest whole checkpoint in output_dir")]
+AllowChange = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="KEY", help="on resume: a knob that may differ from the checkpoint's")
+]
+
+
+def train(
+    config: tyro.conf.Positional[ConfigFile],
+    overrides: tyro.conf.Positional[Overrides],
+    /,
+    resume: Resume = False,
+    allow_change: AllowChange = (),
+    dry_run: Annotated[bool, tyro.conf.arg(help="print the resolved configuration and stop")] = False,
+    debug: Debug = False,
+) -> int:
+    """Train a model with GRPO on your reward functions."""
+    from grpo.config import GRPOConfig
+
+    resolved = GRPOConfig.from_file(config, overrides)
+    if dry_run:
+        sys.stdout.write(resolved.to_yaml())
+        return 0
+    from grpo.trainer.loop import GRPOTrainer
+
+    return _run(GRPOTrainer(args=resolved), resume, allow_change)
+
+
+def sft(
+    config: tyro.conf.Positional[ConfigFile],
+    overrides: tyro.conf.Positional[Overrides],
+    /,
+    resume: Resume = False,
+    allow_change: AllowChange = (),
+    dry_run: Annotated[bool, tyro.conf.arg(help="print the resolved configuration and stop")] = False,
+    debug: Debug = False,
+) -> int:
+    """Supervised warm-up on prompt and completion columns, loss on the completion only."""
+    from grpo.config import SFTConfig
+
+    resolved = SFTConfig.from_file(config, overrides)
+    if dry_run:
+        sys.stdout.write(resolved.to_yaml())
+        return 0
+    from grpo.sft import SFTTrainer
+
+    return _run(SFTTrainer(args=resolved), resume, allow_change)
+
+
+def evaluate(
+    config: tyro.conf.Positional[ConfigFile],
+    overrides: tyro.conf.Positional[Overrides],
+    /,
+    model: Annotated[str | None, tyro.conf.arg(help="folder or hub id instead of model.name_or_path")] = None,
+    json: Annotated[bool, tyro.conf.arg(help="print one JSON object")] = False,
+    debug: Debug = False,
+) -> int:
+    """Mean reward, mean@1 and pass@k on data.eval; evaluation.num_generations sets the largest k."""
+    from grpo.config import GRPOConfig
+
+    if model is not None:
+        overrides = [*overrides, f"model.name_or_path={model}"]
+    resolved = GRPOConfig.from_file(config, overrides)
+    if resolved.data.eval is None:
+        raise InputError(f"{config}: data.eval is null (want held-out rows)")
+    from grpo.trainer.loop import GRPOTrainer
+
+    trainer = GRPOTrainer(args=resolved)
+    metrics = trainer.evaluate()
+    if json:
+        import json as json_module
+
+        sys.stdout.write(json_module.dumps(metrics) + "\n")
+        return 0
+    trainer.console.table(
+        f"{resolved.model.name_or_path} on {resolved.data.eval} ({len(trainer.eval_prompts)} prompts × "
+        f"{resolved.evaluation.num_generations})",
+        [(name.removeprefix("eval_"), f"{value:.4f}") for name, value in metrics.items()],
+    )
+    return 0
+
+
+def demo(
+    seed: Annotated[int, tyro.conf.arg(help="of data, model and sampling")] = 0,
+    output_dir: Annotated[Path, tyro.conf.arg(help="run folder")] = Path("runs/demo"),
+    debug: Debug = False,
+) -> int:
+    """Warm up a tiny model and train it with GRPO, on a CPU, in about a minute."""
+    from grpo.demo import run_demo
+
+    run_demo(seed, output_dir)
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "train": train, "sft": sft, "evaluate": evaluate}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exits with the codes listed at the top of this file."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments or bool(os.environ.get("GRPO_DEBUG"))
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="grpo", description="GRPO on the GPU you already have.", args=arguments
+        )
+    except (InputError, RunError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{error}\n")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        code = STOPPED
+    sys.exit(code)
+
+
+def _run(trainer: BaseTrainer, resume: bool, allow_changes: tuple[str, ...]) -> int:
+    _stop_on_signals(trainer)
+    trainer.train(resume_from_checkpoint=resume, allow_changes=allow_changes)
+    if trainer.step < trainer.config.max_steps:
+        trainer.console.say(f"stopped at step {trainer.step}, saved; go on with --resume")
+        return STOPPED
+    folder = Path(trainer.config.output_dir)
+    trainer.save_model(folder / "model")
+    _show_end(trainer, folder)
+    return 0
+
+
+def _show_end(trainer: Any, folder: Path) -> None:
+    show = getattr(trainer, "show_samples", None)
+    if show is not None:
+        show(trainer.config.logging.completions)
+    trainer.console.say(f"model: {folder / 'model'}")
+    trainer.console.say(f"report: {folder / 'report.html'}")
+
+
+def _stop_on_signals(trainer: BaseTrainer) -> None:
+    """First SIGINT or SIGTERM: stop at the next step boundary, saved. A second one: at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if trainer.stop_requested:
+            raise SystemExit(STOPPED)
+        trainer.stop_requested = True
+        sys.stderr.write("stopping after this step (again to stop at once)\n")
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)

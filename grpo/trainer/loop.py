@@ -1,0 +1,268 @@
+"""The GRPO loop, one screen: rollout → score → pack → reference → update, and nothing hidden elsewhere.
+
+    trainer = GRPOTrainer(model="…", reward_funcs=[f], args=GRPOConfig(…), train_dataset=rows)
+    for metrics in trainer.steps(): …
+
+Left out: building the parts (build.py), running and saving (base.py), the update's inside (update.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from grpo.algorithm import group_advantages, zero_variance_groups
+from grpo.batch import Completion, Prompt, RolloutBuffer, ScoredRollouts
+from grpo.config import GRPOConfig, ObjectiveConfig, objective_knobs
+from grpo.data import encode_prompt, prompt_problem, prompt_text, with_system
+from grpo.errors import InputError, RunError
+from grpo.evaluate import evaluate_rollouts
+from grpo.packing import pack
+from grpo.rollout.engine import RolloutEngine, Sampling
+from grpo.scoring import FaultBudget, score
+from grpo.seeds import seed_for
+from grpo.trainer.base import BaseTrainer, default_console
+from grpo.trainer.build import build_parts
+from grpo.trainer.console import Console
+from grpo.trainer.metrics import completion_metrics
+from grpo.trainer.state import Item, common_items, generator_items, rollout_items
+from grpo.trainer.update import add_reference_logprobs, update
+
+MAX_EMPTY_IN_A_ROW = 10
+
+
+class GRPOTrainer(BaseTrainer):
+    """Trains a causal language model with GRPO on the user's own reward functions.
+
+    Args:
+        model: folder, hub id, or a Hugging Face model (also one that peft already wrapped).
+        reward_funcs: one or several functions, or their names "module:function"; None: `args.rewards`.
+        args: every knob; None: the defaults.
+        train_dataset: rows with a prompt column (list of dicts, `datasets.Dataset`, path, hub id); None: `args.data.train`.
+        eval_dataset: the same for held-out rows; None: `args.data.eval`.
+        processing_class: the tokenizer; None: the one beside the model.
+        peft_config: a `peft.PeftConfig`; None: `args.adapter`.
+
+    Raises:
+        InputError: bad configuration, data, rewards or model; one line per problem, before any weight is loaded
+            where it can be known before.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        *,
+        console: Console | None = None,
+    ) -> None:
+        console = console or default_console()
+        parts = build_parts(
+            args or GRPOConfig(), model, reward_funcs, (train_dataset, eval_dataset), processing_class, peft_config, console
+        )
+        super().__init__(parts.config, parts.policy, parts.tokenizer, parts.data, console)
+        self.config: GRPOConfig = parts.config
+        self.rewards = parts.rewards
+        self.eval_prompts = parts.eval_prompts
+        self.stop_token_ids = parts.stop_token_ids
+        self.engine: RolloutEngine = parts.engine
+        self.advantage_knobs, self.loss_knobs = split_knobs(self.config.objective)
+        self.last_evaluation: ScoredRollouts | None = None
+        self.buffer: RolloutBuffer | None = None
+        self.empty_in_a_row = 0
+        self.fault_budget = FaultBudget()
+
+    # --- the loop --------------------------------------------------------------------------------------------
+
+    def _advance(self) -> dict[str, Any]:
+        if self.buffer is None:
+            self.buffer = self._collect()
+        with self.phase("update"):
+            result, buffer = update(
+                self.policy, self.optimizer, self.schedule, self.config, self.loss_knobs, self.buffer
+            )
+        metrics = {**buffer.metrics, **self._count(result, _fault_tensors(buffer))}
+        self._check_progress(buffer)
+        self.buffer = buffer if buffer.iteration < self.config.objective.num_iterations else None
+        return {"kl": None, "entropy": None, **metrics}
+
+    def _collect(self) -> RolloutBuffer:
+        config = self.config
+        scored, advantages, counts = self._rollouts()
+        with self.phase("pack"):
+            batches, totals = pack(
+                scored, advantages, config.update.max_tokens_per_batch, skip_zero_advantage=self._skips_zero_advantage
+            )
+            if not self._acts_without_advantage and not any(a for group in advantages for a in group):
+                batches = []  # every advantage is zero: nothing to learn, the weights stay bit for bit
+        with self.phase("reference"):
+            if batches and config.objective.beta > 0:
+                batches = add_reference_logprobs(self.policy, batches, config.rollout.temperature)
+        if config.logging.rollouts_every_steps and (self.step + 1) % config.logging.rollouts_every_steps == 0:
+            self.folder.write_rollouts(self.step + 1, scored, advantages)
+        rollouts = scored.rollouts
+        self.num_tokens += sum(
+            len(prompt.token_ids) + len(completion.token_ids)
+            for prompt, group in zip(rollouts.prompts, rollouts.completions, strict=True)
+            for completion in group
+        )
+        metrics = {**scored.metrics, **completion_metrics(rollouts), **counts}
+        metrics["policy_version"] = float(rollouts.policy_version)
+        return RolloutBuffer(batches, totals, metrics)
+
+    def _rollouts(self) -> tuple[ScoredRollouts, list[list[float | None]], dict[str, float]]:
+        """Sample and score `prompts_per_step` groups, with the advantages of each."""
+        scored = self._sample_and_score(self.data.take(self.config.prompts_per_step))
+        causes = zero_variance_groups(scored, **self.advantage_knobs)
+        advantages = group_advantages(scored, recipe=self.config.objective.recipe, **self.advantage_knobs)
+        if self.config.objective.zero_variance == "drop":
+            advantages = [
+                group if cause is None else [None] * len(group) for group, cause in zip(advantages, causes, strict=True)
+            ]
+        counts = {f"groups/{cause}": float(causes.count(cause)) for cause in ("all_right", "all_wrong", "all_truncated")}
+        counts["frac_reward_zero_std"] = sum(cause is not None for cause in causes) / len(causes)
+        return scored, advantages, counts
+
+    def _sample_and_score(self, prompts: list[Prompt]) -> ScoredRollouts:
+        with self.phase("rollout"), self.engine.awake():
+            self.engine.load_weights(self.policy)
+            rollouts = self.engine.generate(prompts, self._sampling())
+        with self.phase("score"):
+            scored = score(
+                rollouts,
+                self.rewards,
+                step=self.step + 1,
+                max_steps=self.config.max_steps,
+                epoch=self.data.epoch,
+                on_error=self.config.rewards.on_error,
+                seed=self.config.seed,
+            )
+            self.fault_budget.check(scored)
+        return scored
+
+    @property
+    def _acts_without_advantage(self) -> bool:
+        """Whether a completion with A = 0 still has a gradient (KL or entropy in the loss)."""
+        return self.config.objective.beta > 0 or self.config.objective.entropy_coef != 0
+
+    @property
+    def _skips_zero_advantage(self) -> bool:
+        return self.config.objective.zero_variance != "keep" and not self._acts_without_advantage
+
+    def _sampling(self) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            rollout.num_generations,
+            rollout.max_completion_length,
+            rollout.temperature,
+            rollout.top_p,
+            rollout.top_k,
+            rollout.min_p,
+            self.stop_token_ids,
+            seed_for(self.config.seed, "rollout", self.step),
+        )
+
+    def _check_progress(self, buffer: RolloutBuffer) -> None:
+        self.empty_in_a_row = 0 if buffer.batches else self.empty_in_a_row + 1
+        if self.empty_in_a_row >= MAX_EMPTY_IN_A_ROW:
+            cause = max(
+                ("all_right", "all_wrong", "all_truncated"), key=lambda name: buffer.metrics.get(f"groups/{name}", 0)
+            )
+            raise RunError(
+                f"{MAX_EMPTY_IN_A_ROW} steps in a row had nothing to learn from: no group's rewards differ (mostly {cause})"
+            )
+
+    # --- beside the loop -------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Any], num_generations: int = 1, temperature: float | None = None, seed: int = 0
+    ) -> list[list[Completion]]:
+        """Completions of text or chat prompts under the present policy: [P][num_generations].
+
+        `temperature` None is the configuration's, 0 is greedy.
+
+        Raises:
+            InputError: a prompt is neither text nor messages, naming its place.
+        """
+        encoded = []
+        for place, value in enumerate(prompts, 1):
+            if problem := prompt_problem(value):
+                raise InputError(f"prompts: row {place}: {problem}")
+            prompt = with_system(value, self.config.data.system_prompt)
+            encoded.append(Prompt(place - 1, encode_prompt(self.tokenizer, prompt), {"prompt": prompt}))
+        sampling = replace(
+            self._sampling(), num_generations=num_generations, seed=seed_for(self.config.seed, "generate", seed)
+        )
+        if temperature is not None:
+            sampling = replace(sampling, temperature=temperature)
+        with self.engine.awake():
+            self.engine.load_weights(self.policy)
+            return self.engine.generate(encoded, sampling).completions
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics, each with the prefix `eval_`. Raises `InputError` without held-out rows."""
+        if not self.eval_prompts:
+            raise InputError("data.eval is null (want held-out rows: data.eval or eval_dataset)")
+        return self._evaluation()
+
+    def _evaluation(self) -> dict[str, float]:
+        if not self.eval_prompts:
+            return {}
+        evaluation = self.config.evaluation
+        sampling = replace(
+            self._sampling(),
+            num_generations=evaluation.num_generations,
+            temperature=evaluation.temperature,
+            seed=seed_for(self.config.seed, "evaluation"),
+        )
+        version = self.engine.policy_version
+        with self.phase("evaluation"), self.engine.awake():
+            self.engine.load_weights(self.policy)
+            rollouts = self.engine.generate(self.eval_prompts, sampling)
+            metrics, self.last_evaluation = evaluate_rollouts(
+                rollouts, self.rewards, evaluation.pass_threshold, seed=self.config.seed
+            )
+        self.engine.policy_version = version  # looking does not count as a new policy
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def show_samples(self, count: int) -> None:
+        """Print `count` completions of the last evaluation (or, without held-out rows, of the present policy)."""
+        scored = self.last_evaluation
+        if scored is None:
+            rollouts = self.engine.generate(list(self.data.prompts[:count]), self._sampling())
+            scored = score(
+                rollouts, self.rewards, step=self.step, max_steps=self.config.max_steps, on_error="none", seed=self.config.seed
+            )
+        self.console.samples(
+            (prompt_text(prompt.example["prompt"]), group[0].text, {name: values[p][0] for name, values in scored.parts.items()})
+            for p, (prompt, group) in enumerate(
+                zip(scored.rollouts.prompts[:count], scored.rollouts.completions[:count], strict=True)
+            )
+        )
+
+    def items(self) -> list[Item]:
+        """The state of a GRPO run (see state.py)."""
+        return [*common_items("adapter" if self.policy.adapted else "policy"), *rollout_items(), *generator_items()]
+
+
+def split_knobs(objective: ObjectiveConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section's knobs for `group_advantages` and for `policy_loss`."""
+    knobs = objective_knobs(objective)
+    advantage = {name: knobs[name] for name in ADVANTAGE_KNOBS if name in knobs}
+    return advantage, {name: value for name, value in knobs.items() if name in LOSS_KNOBS}
+
+
+def _fault_tensors(buffer: RolloutBuffer) -> dict[str, Any]:
+    return {
+        f"{index}/{name}": value
+        for index, batch in enumerate(buffer.batches)
+        for name, value in vars(batch).items()
+        if hasattr(value, "dtype")
+    }
