@@ -445,7 +445,7 @@ def _recipe_defaults(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(cls: type[RunConfig], path: str) -> str:
-    nearest = nearest_name(path, [*known_paths(cls), *flat_names(cls)])
+    nearest = nearest_name(path, [*cls.model_fields, *known_paths(cls), *flat_names(cls)])
     return f"{path} is unknown" + (f" (did you mean {nearest}?)" if nearest else "")
 
 
@@ -465,10 +465,10 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
 
 
 _WANT = {
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
     "literal_error": "one of {expected}",
     "missing": "a value",
     "finite_number": "a finite number",

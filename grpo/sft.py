@@ -65,9 +65,10 @@ class SFTTrainer(BaseTrainer):
             result = optimizer_step(
                 self.policy, self.optimizer, self.schedule, batches, totals, self._batch_loss
             )
-        self.num_tokens += sum(batch.input_ids.numel() for batch in batches)
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        self.num_tokens += tokens
         faults = {f"{index}/input_ids": batch.input_ids for index, batch in enumerate(batches)}
-        return self._count(result, faults)
+        return {**self._count(result, faults), "step_tokens": float(tokens)}
 
     def _evaluation(self) -> dict[str, float]:
         if not self.eval_examples:

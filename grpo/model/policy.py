@@ -47,13 +47,14 @@ class Head:
         return getattr(self.module, "bias", None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[B, H] → [B, V] in float32: for the few rows of a decode step, never for a whole sequence."""
+        """[B, H] → [B, V], at least float32: for the few rows of a decode step, never for a whole sequence."""
+        precise = torch.promote_types(hidden.dtype, torch.float32)
         if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            logits = torch.mm(hidden, self.weight.t(), out_dtype=precise)
         else:
-            logits = hidden.float() @ self.weight.float().t()
+            logits = hidden.to(precise) @ self.weight.to(precise).t()
         if self.bias is not None:
-            logits = logits + self.bias.float()
+            logits = logits + self.bias.to(precise)
         logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
@@ -88,7 +89,9 @@ class Policy:
         self.packs = self._probe_packing()
         self._reference = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
         if activation_checkpointing == "recompute" and self.causal_lm.supports_gradient_checkpointing:
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers renamed it within 5.x
+            new = getattr(self.causal_lm, "activation_checkpointing_enable", None)
+            (new or self.causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +102,11 @@ class Policy:
     def takes_positions(self) -> bool:
         """Whether the backbone can be told positions."""
         return "position_ids" in self._accepts
+
+    @property
+    def cache_name(self) -> str:
+        """What the backbone calls its KV cache, as argument and in its output (renamed within transformers 5.x)."""
+        return "cache" if "cache" in self._accepts else "past_key_values"
 
     @property
     def adapted(self) -> bool:
@@ -203,7 +211,7 @@ class Policy:
         ids = _probe_ids(self.causal_lm, 8)
         with self.evaluating(), torch.no_grad():
             hidden = self._backbone(ids, torch.arange(8, device=ids.device))
-            wanted = self.causal_lm(input_ids=ids[None], use_cache=False).logits[0].float()
+            wanted = self.causal_lm(input_ids=ids[None], use_cache=False).logits[0]
         heads = _possible_heads(module, self.causal_lm.config)
         errors = [_relative_error(head.logits(hidden), wanted) for head in heads]
         best = min(range(len(heads)), key=errors.__getitem__)
@@ -242,4 +250,5 @@ def _possible_heads(module: nn.Module, hf_config: Any) -> list[Head]:
 
 
 def _relative_error(value: Tensor, wanted: Tensor) -> float:
-    return float((value.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30))
+    difference = (value.detach().double() - wanted.detach().double()).norm()
+    return float(difference / wanted.detach().double().norm().clamp_min(1e-30))

@@ -129,15 +129,16 @@ class HFEngine:
         state.next_position = state.next_position + 1
 
     def _forward(self, state: _DecodeState, input_ids: Tensor, positions: Tensor) -> None:
-        arguments: dict[str, Any] = {"position_ids": positions} if self.policy.takes_positions else {}
+        arguments: dict[str, Any] = {self.policy.cache_name: state.cache}
+        if self.policy.takes_positions:
+            arguments["position_ids"] = positions
         output = self.policy.backbone(
             input_ids=input_ids,
             attention_mask=state.attention_mask,
-            past_key_values=state.cache,
             use_cache=True,
             **arguments,
         )
-        state.cache = output.past_key_values
+        state.cache = output[self.policy.cache_name]
         state.logits = self.policy.head.logits(output.last_hidden_state[:, -1])
 
     def _completions(self, tokens: Tensor, logprobs: Tensor, lengths: Tensor, sampling: Sampling) -> list[Completion]:

@@ -153,14 +153,14 @@ class BaseTrainer:
 
     def _guarded_step(self) -> dict[str, Any]:
         """One step, its evaluation when due, and its row on disk."""
-        start, tokens_before = time.monotonic(), self.num_tokens
+        start = time.monotonic()
         with self._interrupt_at_the_bound():
             row = {"step": self.step + 1, **self._transaction()}
             if self.step == 1:
                 row |= self.first_row
             row["num_tokens"] = self.num_tokens
             row["step_time"] = time.monotonic() - start
-            row["tokens_per_second"] = (self.num_tokens - tokens_before) / max(row["step_time"], 1e-9)
+            row["tokens_per_second"] = row.get("step_tokens", 0.0) / max(row["step_time"], 1e-9)
             try:
                 if self._due(self.config.evaluation.every_steps) or self.step == self.config.max_steps:
                     row |= self._evaluation()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from grpo.algorithm import group_advantages, zero_variance_groups
+from grpo.algorithm import ADVANTAGE_KNOBS, LOSS_KNOBS, group_advantages, zero_variance_groups
 from grpo.batch import Completion, Prompt, RolloutBuffer, ScoredRollouts
 from grpo.config import GRPOConfig, ObjectiveConfig, objective_knobs
 from grpo.data import encode_prompt, prompt_problem, prompt_text, with_system
@@ -108,13 +108,14 @@ class GRPOTrainer(BaseTrainer):
         if config.logging.rollouts_every_steps and (self.step + 1) % config.logging.rollouts_every_steps == 0:
             self.folder.write_rollouts(self.step + 1, scored, advantages)
         rollouts = scored.rollouts
-        self.num_tokens += sum(
+        tokens = sum(
             len(prompt.token_ids) + len(completion.token_ids)
             for prompt, group in zip(rollouts.prompts, rollouts.completions, strict=True)
             for completion in group
         )
+        self.num_tokens += tokens
         metrics = {**scored.metrics, **completion_metrics(rollouts), **counts}
-        metrics["policy_version"] = float(rollouts.policy_version)
+        metrics |= {"policy_version": float(rollouts.policy_version), "step_tokens": float(tokens)}
         return RolloutBuffer(batches, totals, metrics)
 
     def _rollouts(self) -> tuple[ScoredRollouts, list[list[float | None]], dict[str, float]]:

@@ -166,7 +166,7 @@ def test_recomputation_changes_no_bit():
         model.train()
         calls = []
         layer = policy.backbone.layers[0].mlp
-        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         results.append((gradients(model, policy.logprobs(batch, 1.0).logprobs.sum()), len(calls)))
     (plain, once), (recomputed, twice) = results
     assert (once, twice) == (1, 2)  # it really recomputes
