@@ -3,7 +3,8 @@
 It is drawn from the run folder alone, so it can be written during a run, after a crash, or again years later.
 Curves are inline SVG (they follow the light or dark theme and need no plotting library); nothing is fetched, and a
 content policy inside the page forbids it. Text from models and datasets is untrusted and always escaped.
-Left out: comparing runs. Trackers do that.
+Left out: comparing runs. Trackers do that. Longer than most files, because style, script and drawing are in it
+instead of in a plotting library; its parts are reading, what is drawn, drawing, the page.
 """
 
 from __future__ import annotations
@@ -92,31 +93,41 @@ def _read_mapping(path: Path, parse: Callable[[str], Any], run: Run) -> dict[str
     return value if isinstance(value, dict) else {}
 
 
+@dataclass
+class _Table:
+    """Metrics rows as columns of float64, so that 100,000 rows stay small."""
+
+    rows: int = 0
+    columns: dict[str, array[float]] = field(default_factory=dict)
+    nulls: dict[str, list[int]] = field(default_factory=dict)  # key -> steps where it is null or not finite
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            measured = value if type(value) is float else as_float(value)
+            column = self.columns.setdefault(key, array("d"))
+            if len(column) < self.rows:
+                column.extend([math.nan] * (self.rows - len(column)))
+            column.append(measured)
+            if not math.isfinite(measured) and not isinstance(value, str):
+                self.nulls.setdefault(key, []).append(int(row["step"]))
+        self.rows += 1
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        for column in self.columns.values():
+            column.extend([math.nan] * (self.rows - len(column)))
+        return {key: np.asarray(column) for key, column in self.columns.items()}
+
+
 def _read_metrics(path: Path, run: Run) -> None:
-    """Columns of float64 straight from the lines, so that 100,000 rows stay small."""
-    columns: dict[str, array[float]] = {}
-    nulls: dict[str, list[int]] = {}
-    bad: list[int] = []
-    rows = 0
+    table, bad, line_number, line = _Table(), [], 0, b""
     try:
-        lines = path.open("rb")
+        with path.open("rb") as lines:
+            for line_number, line in enumerate(lines, 1):
+                row = _parse_row(line)
+                table.add(row) if row is not None else bad.append(line_number)
     except OSError:
         run.notes.append("metrics.jsonl is missing")
         return
-    with lines:
-        line_number, line = 0, b""
-        for line_number, line in enumerate(lines, 1):
-            row = _parse_row(line)
-            if row is None:
-                bad.append(line_number)
-                continue
-            for key, value in row.items():
-                column = columns.setdefault(key, array("d"))
-                column.extend([math.nan] * (rows - len(column)))
-                column.append(as_float(value))
-                if not math.isfinite(column[-1]) and not isinstance(value, str):
-                    nulls.setdefault(key, []).append(int(row["step"]))
-            rows += 1
     if bad and bad[-1] == line_number and not line.endswith(b"\n"):
         bad.pop()
         run.notes.append(
@@ -124,11 +135,9 @@ def _read_metrics(path: Path, run: Run) -> None:
         )
     if bad:
         run.notes.append(f"metrics.jsonl: {_count(len(bad), 'unreadable line')} ignored (first: line {bad[0]})")
-    for key, steps in nulls.items():
+    for key, steps in table.nulls.items():
         run.notes.append(f"{key} is null or not finite at {_count(len(steps), 'step')} (first: step {steps[0]})")
-    for column in columns.values():
-        column.extend([math.nan] * (rows - len(column)))
-    run.columns = _with_first_evaluation(_by_step({key: np.asarray(c) for key, c in columns.items()}, run))
+    run.columns = _with_first_evaluation(_by_step(table.arrays(), run))
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
@@ -227,12 +236,11 @@ def _lines(**labels: str) -> tuple[Series, ...]:
 def panels(run: Run) -> dict[str, list[Panel]]:
     """Section title -> its panels, whether or not the run has their columns."""
     names = [key[len("rewards/") : -len("/mean")] for key in run.columns if _parts(key, "rewards", "mean")]
-    rewards = {"Reward": "reward"} | {f"Reward: {name}": f"rewards/{name}" for name in names}
-    means = {title: "reward" if key == "reward" else f"{key}/mean" for title, key in rewards.items()}
-    stds = {title: "reward_std" if key == "reward" else f"{key}/std" for title, key in rewards.items()}
+    rewards = [("Reward", "reward", "reward_std")]
+    rewards += [(f"Reward: {name}", f"rewards/{name}/mean", f"rewards/{name}/std") for name in names]
     learning = [Panel("Held-out accuracy", "%", _lines(accuracy="eval_accuracy"), scale=100, bounds=(0, 1))]
     learning += [
-        Panel(title, "reward", (Series(means[title], "mean", stds[title]),), "± std", bounds=()) for title in rewards
+        Panel(title, "reward", (Series(mean, "mean", std),), "± std", bounds=()) for title, mean, std in rewards
     ]
     learning += [Panel("Held-out reward", "reward", _lines(mean="eval_reward"), bounds=())]
     length, clip, gap = "completions", "clip_ratio", "sampling/sampling_logp_difference"
@@ -297,7 +305,7 @@ class Axis:
 
 
 def nice_axis(values: np.ndarray, start: float, end: float, count: int, pad: float = 0.0) -> Axis:
-    """A linear axis over finite `values`; its ticks are 1, 2 or 5 × 10^k apart and at least 2 and at most `count` + 1 (count ≥ 5).
+    """A linear axis over finite `values`. Its ticks are 1, 2 or 5 × 10^k apart, 2 to `count` + 1 of them (count ≥ 5).
 
     `pad` is the share of the range left free at both ends, but not below a least value of 0.
     """
@@ -345,7 +353,7 @@ def _bin(values: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def bin_panel(panel: Panel, run: Run) -> tuple[np.ndarray, list[Curve]]:
-    """Steps [bins] and the curves of a panel that have a finite value.
+    """Steps [3, bins] (mean, first, last of each bin) and the curves of a panel that have a finite value.
 
     The band of a curve with a standard deviation is mean ± std. Else, where a bin holds several steps, it is their
     minimum and maximum, so that a spike is seen in a long run too.
@@ -358,10 +366,13 @@ def bin_panel(panel: Panel, run: Run) -> tuple[np.ndarray, list[Curve]]:
     starts = np.unique(np.linspace(0, len(rows), min(MAX_BINS, len(rows)), endpoint=False).astype(int))
     curves = []
     for s in shown:
-        mean, low, high = _bin(columns[s.key][rows] * panel.scale, starts)
+        values = columns[s.key][rows] * panel.scale
+        if panel.stacked:  # a phase that a step did not have took no time
+            values = np.nan_to_num(values)
+        mean, low, high = _bin(values, starts)
         std = _bin(columns[s.std][rows] * panel.scale, starts)[0] if len(run.finite(s.std)) else None
         curves.append(Curve(s, mean, low, high) if std is None else Curve(s, mean, mean - std, mean + std, std))
-    return _bin(_drawable(run.steps[rows]), starts)[0], curves
+    return np.stack(_bin(_drawable(run.steps[rows]), starts)), curves
 
 
 def _drawable(values: np.ndarray) -> np.ndarray:
@@ -383,25 +394,26 @@ def _stack(curves: Sequence[Curve]) -> list[Curve]:
 
 def draw(panel: Panel, run: Run) -> str:
     """A <figure>: title, legend with the values of the last step (or of the one under the pointer), and the SVG."""
-    steps, curves = bin_panel(panel, run)
+    (steps, first, last), curves = bin_panel(panel, run)
     shapes = _stack(curves) if panel.stacked else curves
     y = _y_axis(panel, shapes)
-    pad = max(1.0, abs(steps[0]) * 0.01) if steps[0] == steps[-1] else 0.0
-    x = nice_axis(steps, LEFT, WIDTH - RIGHT, 5)
-    x = replace(x, low=steps[0] - pad, high=steps[-1] + pad)
+    pad = max(1.0, abs(first[0]) * 0.01) if first[0] == last[-1] else 0.0
+    x = nice_axis(np.array([first[0], last[-1]]), LEFT, WIDTH - RIGHT, 5)
+    x = replace(x, low=first[0] - pad, high=last[-1] + pad)
     at = x(steps)
     edges = np.concatenate([[x.start], (at[1:] + at[:-1]) / 2, [x.end]])
     body = _grid(x, y, panel.unit + (" (log)" if y.log else ""))
     body += "".join(_band(c, at, edges, y, panel.stacked) for c in shapes)
     body += "" if panel.stacked else "".join(_path(c, at, y) for c in shapes)
     suffix = " %" if panel.unit.startswith("%") else ""
-    readings = [[f"step {step:,.0f}", *(_reading(c, i, suffix) for c in curves)] for i, step in enumerate(steps)]
+    names = [f"step {a:,.0f}" if a == b else f"steps {a:,.0f}–{b:,.0f}" for a, b in zip(first, last, strict=True)]
+    readings = [[name, *(_reading(c, i, suffix) for c in curves)] for i, name in enumerate(names)]
     body += "".join(
         f'<rect class="strip" x="{a:.1f}" y="{TOP}" width="{b - a:.2f}" height="{HEIGHT - TOP - BOTTOM}" '
         f'data-v="{"|".join(reading)}"/>'
         for a, b, reading in zip(edges[:-1], edges[1:], readings, strict=True)
     )
-    label = html.escape(f"{panel.title} ({panel.unit}), step {steps[0]:.0f} to {steps[-1]:.0f}")
+    label = html.escape(f"{panel.title} ({panel.unit}), step {first[0]:.0f} to {last[-1]:.0f}")
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{body}</svg>'
     return f"<figure>{_caption(panel, curves, readings[-1])}{svg}</figure>"
 
@@ -447,6 +459,8 @@ def _band(curve: Curve, at: np.ndarray, edges: np.ndarray, y: Axis, stacked: boo
         x, low, high = at[run], y(curve.low[run]), y(curve.high[run])
         if stacked:
             x, low, high = np.stack([edges[run], edges[run + 1]], 1).ravel(), np.repeat(low, 2), np.repeat(high, 2)
+        elif len(run) == 1:  # would have no width
+            x, low, high = np.array([x[0] - 3, x[0] + 3]), np.repeat(low, 2), np.repeat(high, 2)
         areas.append(f"M{_points(x, high)}L{_points(x[::-1], low[::-1])}Z")
     kind = "stack" if stacked else "band"
     return f'<path class="{kind} c{curve.series.colour}" d="{"".join(areas)}"/>' if areas else ""
@@ -548,7 +562,7 @@ def summary_line(run: Run) -> str:
     if accuracy := _accuracy(run):
         parts.append(f"held-out accuracy {accuracy}")
     if len(seconds := run.finite("step_time")):
-        parts.append(f"{duration(seconds.sum())} in steps")
+        parts.append(f"{duration(_drawable(seconds).sum())} in steps")
     return " · ".join(parts)
 
 
@@ -557,12 +571,16 @@ def _config(run: Run, section: str, key: str) -> str:
     return str(values.get(key) or "") if isinstance(values, dict) else ""
 
 
+def _ends(values: Sequence[float] | np.ndarray, show: Callable[[Any], str]) -> str:
+    """First → last, or the only one, or nothing."""
+    return " → ".join(show(value) for value in ([values[0], values[-1]] if len(values) > 1 else values))
+
+
 def _accuracy(run: Run) -> str:
     """From the evaluations in metrics.jsonl, else from summary.json."""
     values = run.finite("eval_accuracy")
-    summary = (run.summary.get("accuracy_before"), run.summary.get("accuracy_after"))
-    ends = (values[0], values[-1]) if len(values) else summary
-    return " → ".join(percent(v) for v in ends) if all(math.isfinite(as_float(v)) for v in ends) else ""
+    summary = [as_float(run.summary.get(f"accuracy_{when}")) for when in ("before", "after")]
+    return _ends(values if len(values) else [value for value in summary if math.isfinite(value)], percent)
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -570,11 +588,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     tiles = [("Held-out accuracy", _accuracy(run), "first → last evaluation")]
     main = ("Reward", "reward", "") if len(run.finite("reward")) else ("Loss", "loss", "")
     for label, key, unit in (main, ("Completion length", "completions/mean_length", " tokens")):
-        values = run.finite(key)
-        ends = f"{number(values[0])} → {number(values[-1])}{unit}" if len(values) else ""
-        tiles.append((label, ends, "first → last step"))
+        ends = _ends(run.finite(key), number)
+        tiles.append((label, ends and ends + unit, "first → last step"))
     speed = run.finite("tokens_per_second")
-    tiles.append(("Throughput", f"{number(np.median(speed))} tok/s" if len(speed) else "", "median step"))
+    tiles.append(("Throughput", f"{number(np.median(_drawable(speed)))} tok/s" if len(speed) else "", "median step"))
     peaks = {s.label: run.finite(s.key) for s in _phases(run, "peak_gib")}
     highest = max(((values.max(), name) for name, values in peaks.items() if len(values)), default=None)
     if highest:
