@@ -58,13 +58,9 @@ class HeadCall:
     with_entropy: bool
     rows_per_tile: int
     dtype: torch.dtype  # of hidden and weight as the GEMM is meant to see them: the autocast dtype inside autocast
+    operand_dtype: torch.dtype  # as it really sees them: 16-bit operands with a float32 result exist on CUDA alone
     tile_dtype: torch.dtype
     row_step: RowStep
-
-    @property
-    def operand_dtype(self) -> torch.dtype:
-        """16-bit operands with a float32 result exist on CUDA alone; elsewhere the operands are widened."""
-        return self.dtype if self.targets.is_cuda else self.tile_dtype
 
     def temperature_of(self, rows: slice) -> float | Tensor:
         """A number, or [n, 1]."""
@@ -154,13 +150,14 @@ def token_logprobs(  # noqa: PLR0913 the interface is the contract: the head's f
     tile_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     name, _ = resolve_backend(backend, hidden.device, dtype)
     call = HeadCall(
-        targets=targets.long(),
-        temperature=temperature.to(tile_dtype) if isinstance(temperature, Tensor) else float(temperature),
+        targets=targets.long().contiguous(),
+        temperature=temperature.to(tile_dtype).contiguous() if isinstance(temperature, Tensor) else float(temperature),
         softcap=None if softcap is None else float(softcap),
         logit_scale=float(logit_scale),
         with_entropy=bool(return_entropy),
         rows_per_tile=rows_per_tile(lm_head_weight.shape[0], chunk_mb, tile_dtype.itemsize),
         dtype=dtype,
+        operand_dtype=dtype if hidden.is_cuda else tile_dtype,
         tile_dtype=tile_dtype,
         row_step=_row_step(name),
     )
