@@ -127,9 +127,10 @@ def warm_start_config(seed: int, folder: Path) -> SFTConfig:
     )
 
 
-def grpo_config(seed: int, folder: Path) -> GRPOConfig:
-    """100 optimizer steps: 64 prompts × 8 generations, each batch used twice."""
+def grpo_config(seed: int, folder: Path, reward_weights: list[float]) -> GRPOConfig:
+    """160 optimizer steps: 64 prompts × 8 generations, each batch used twice."""
     return GRPOConfig(
+        reward_weights=reward_weights,
         output_dir=str(folder),
         seed=seed,
         max_steps=160,
@@ -150,10 +151,13 @@ def grpo_config(seed: int, folder: Path) -> GRPOConfig:
     )
 
 
-def run_demo(seed: int, output_dir: Path, reward: Callable[..., Any] = sort_reward) -> dict[str, Any]:
-    """Warm start, then GRPO. Returns and writes the summary. Raises `InputError` when the folder holds a run."""
+def run_demo(seed: int, output_dir: Path, teacher: Callable[..., Any] | None = None) -> dict[str, Any]:
+    """Warm start, then GRPO. Returns and writes the summary. Raises `InputError` when the folder holds a run.
+
+    `teacher` replaces the reward that trains (the control pays at random); accuracy is always `sort_reward`'s.
+    """
     start = time.monotonic()
-    if (output_dir / "summary.json").exists() or (output_dir / "metrics.jsonl").exists():
+    if any((output_dir / name).exists() for name in ("summary.json", "metrics.jsonl", "warm_start")):
         raise InputError(f"{output_dir}: holds a run (want --output-dir NEW, or remove it)")
     import torch
 
@@ -181,8 +185,8 @@ def run_demo(seed: int, output_dir: Path, reward: Callable[..., Any] = sort_rewa
     began = time.monotonic()
     trainer = GRPOTrainer(
         model,
-        reward,
-        grpo_config(seed, output_dir),
+        [sort_reward] if teacher is None else [sort_reward, teacher],
+        grpo_config(seed, output_dir, reward_weights=[1.0] if teacher is None else [0.0, 1.0]),
         train,
         held_out,
         processing_class=tokenizer,
@@ -197,8 +201,8 @@ def run_demo(seed: int, output_dir: Path, reward: Callable[..., Any] = sort_rewa
     seconds["total"] = time.monotonic() - start
     trainer.save_model(output_dir / "model")
     summary = {
-        "accuracy_before": trainer.first_row["initial_eval_accuracy"],
-        "accuracy_after": row["eval_accuracy"],
+        "accuracy_before": trainer.first_row["initial_eval_rewards/sort_reward/mean"],
+        "accuracy_after": row["eval_rewards/sort_reward/mean"],
         "num_problems": len(held_out),
         "seconds": seconds,
         "seed": seed,

@@ -28,10 +28,18 @@ FLAT_ALIASES = {
     "log_completions": "logging.completions",
 }
 
-_RENAMED = {  # name: (ours, value map or None)
-    "loss_type": ("recipe", None),
-    "vllm_importance_sampling_clip_max": ("correction_max", None),
-    "vllm_importance_sampling_clip_min": ("correction_min", None),
+_RENAMED = {  # theirs: (ours, how the value is read)
+    "loss_type": ("recipe", lambda value: value),
+    "bf16": ("dtype", lambda value: "bfloat16" if value else "float32"),
+    "gradient_checkpointing": ("activation_checkpointing", lambda value: "recompute" if value else "none"),
+    "use_bias_correction_kl": ("kl", lambda value: "k3_ratio" if value else "k3"),
+    "vllm_importance_sampling_clip_max": ("correction_max", lambda value: value),
+    "vllm_importance_sampling_clip_min": ("correction_min", lambda value: value),
+}
+_REREAD = {  # the same name, another kind of value
+    "scale_rewards": lambda value: {True: "group", False: "none"}[value] if isinstance(value, bool) else value,
+    "log_completions": lambda value: (3 if value else 0) if isinstance(value, bool) else value,
+    "report_to": lambda value: [] if value in (None, "none") else [value] if isinstance(value, str) else value,
 }
 
 _REFUSED = {
@@ -65,35 +73,18 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         values[new] = value
         notes.append(f"{old} is understood as {new}: {value}")
 
-    for old, (new, _) in _RENAMED.items():
+    for old, (new, read) in _RENAMED.items():
         if old in values:
-            rename(old, new, values.pop(old))
+            rename(old, new, read(values.pop(old)))
+    for name, read in _REREAD.items():
+        if name in values:
+            values[name] = read(values[name])
     if values.get("recipe") == "vespo":
         problems.append("loss_type is 'vespo' (want one of the recipes; gspo or cispo come nearest)")
         values.pop("recipe")
-    _switches(values, rename)
     _sampler_correction(values, rename)
     _batch_size(values, rename, problems)
     return values, notes, problems
-
-
-def _switches(values: dict[str, Any], rename: Any) -> None:
-    if "bf16" in values:
-        rename("bf16", "dtype", "bfloat16" if values.pop("bf16") else "float32")
-    if "gradient_checkpointing" in values:
-        wanted = values.pop("gradient_checkpointing")
-        rename("gradient_checkpointing", "activation_checkpointing", "recompute" if wanted else "none")
-    if "use_bias_correction_kl" in values:
-        rename("use_bias_correction_kl", "kl", "k3_ratio" if values.pop("use_bias_correction_kl") else "k3")
-    if isinstance(values.get("scale_rewards"), bool):
-        rename("scale_rewards", "scale_rewards_", "group" if values["scale_rewards"] else "none")
-        values["scale_rewards"] = values.pop("scale_rewards_")
-    if isinstance(values.get("log_completions"), bool):
-        values["log_completions"] = 3 if values["log_completions"] else 0
-    if values.get("report_to") in ("none", None) and "report_to" in values:
-        values["report_to"] = []
-    elif isinstance(values.get("report_to"), str):
-        values["report_to"] = [values["report_to"]]
 
 
 def _sampler_correction(values: dict[str, Any], rename: Any) -> None:

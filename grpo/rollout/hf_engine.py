@@ -214,4 +214,4 @@ def truncate_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _gather(logprobs: Tensor, tokens: Tensor) -> Tensor:
-    return logprobs.gather(1, tokens[:, None])[:, 0]
+    return logprobs.gather(1, tokens[:, None])[:, 0].float()
