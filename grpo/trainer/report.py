@@ -277,7 +277,7 @@ def _parts(key: str, first: str, last: str) -> bool:
 
 def _phases(run: Run, kind: str) -> tuple[Series, ...]:
     """A phase keeps its colour over all panels."""
-    names = [key.split("/")[1] for key in run.columns if key.startswith("phase/") and key.count("/") == 2]
+    names = [key.split("/")[1] for key in run.columns if key.startswith("phase/")]
     order = enumerate(dict.fromkeys(names))
     return tuple(Series(f"phase/{name}/{kind}", name, colour=i % COLOURS) for i, name in order)
 
@@ -556,8 +556,8 @@ def _header(run: Run) -> str:
 def summary_line(run: Run) -> str:
     """Steps · model · recipe · held-out accuracy, first → last · total time, as far as known."""
     steps, planned = run.steps, run.config.get("max_steps")
-    done = f"{steps[-1]:,.0f}" if len(steps) else "0"
-    parts = [f"{done} of {planned:,} steps" if isinstance(planned, int) else f"{done} steps"]
+    done = int(steps[-1]) if len(steps) else 0
+    parts = [f"{done:,} of {planned:,} steps" if isinstance(planned, int) else _count(done, "step")]
     parts += [name for name in (_config(run, "model", "name_or_path"), _config(run, "objective", "recipe")) if name]
     if accuracy := _accuracy(run):
         parts.append(f"held-out accuracy {accuracy}")

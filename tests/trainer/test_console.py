@@ -80,6 +80,7 @@ def test_plain_lines_come_at_first_last_and_every_few_seconds():
     view, clock, stream = plain()
     with view:
         train(view, clock, range(1, 101), kl=0.002, entropy=0.5, eval_accuracy=0.25)
+        assert "step 100/100" in stream.getvalue()  # at once, not only when the view closes
     lines = stream.getvalue().splitlines()
     assert [int(re.search(r"step (\d+)/100", line)[1]) for line in lines] == [1, *range(6, 100, 5), 100]
     assert lines[1] == "run: step 6/100  6.0 s  1 min 34 s left  reward 0.06  accuracy 25.0 %  kl 0.002  entropy 0.5"
@@ -117,7 +118,8 @@ def test_time_left_follows_the_recent_pace_and_survives_a_resume():
     view, clock, stream = plain(total=1000)
     with view:
         train(view, clock, [501], seconds=100)  # the first step of a resumed run is slow
-        train(view, clock, range(502, 602), seconds=6)
+        train(view, clock, range(502, 552), seconds=60)
+        train(view, clock, range(552, 602), seconds=6)
     lines = stream.getvalue().splitlines()
     assert "  13 h 51 min left" in lines[0]  # 499 × 100 s
     assert "  39 min 54 s left" in lines[-1] and "step 601/1000" in lines[-1]  # 399 × 6 s

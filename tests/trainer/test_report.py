@@ -144,7 +144,9 @@ def write_samples(folder, rows):
 
 
 def make_run(folder):
-    rows = [row(s, **({"eval_accuracy": s / LONG * 0.9} if s % 10 == 0 else {})) for s in range(1, LONG + 1)]
+    rows = [row(s) for s in range(1, LONG + 1)]
+    for r in rows[9::10]:
+        r |= {"eval_accuracy": r["step"] / LONG * 0.9, "eval_completions/mean_length": 50 + r["step"] / 2}
     rows[0]["initial_eval_accuracy"] = 0.125
     write_rows(folder, rows)
     (folder / "config.yaml").write_text(
@@ -239,11 +241,25 @@ def test_band_is_mean_plus_and_minus_std(run):
     assert edges[LONG:] == pytest.approx([m - 0.25 for m in reversed(means)], abs=5e-3)
 
 
+def test_one_step_has_a_dot_and_a_band(tmp_path):
+    write_rows(tmp_path / "run", [row(1, eval_accuracy=0.5)])
+    page = page_of(tmp_path / "run")
+    figure = page.figures["Reward"]
+    ((x, y),) = figure["dots"]
+    assert to_value(y, figure["y"]) == pytest.approx(0.2625, abs=2e-3)
+    (outline,) = figure["bands"][0]
+    assert {px for px, _ in outline} == {round(x - 3, 1), round(x + 3, 1)}
+    edges = sorted(to_value(py, figure["y"]) for _, py in outline)
+    assert edges == pytest.approx([0.1375] * 2 + [0.3875] * 2, abs=2e-3)
+    assert page.text("p", class_="summary") == ["1 step · held-out accuracy 50.0 % · 4.0 s in steps"]
+
+
 def test_stacked_areas_add_up(run):
     rows, page, _ = run
     figure = page.figures["Seconds per phase"]
     rollout, update = ([to_value(y, figure["y"]) for _, y in area[0]] for area in figure["bands"])
     assert max(rollout) == pytest.approx(2.0, abs=0.02)
+    assert update[2 * LONG :] == pytest.approx([2.0] * 2 * LONG, abs=0.02)  # it stands on the other
     assert update[: 2 * LONG : 2] == pytest.approx([4 + r["step"] / 100 for r in rows], abs=0.02)
 
 
@@ -254,6 +270,10 @@ def test_evaluations_are_joined_over_the_steps_between(run):
     assert [to_value(y, figure["y"]) for _, y in line] == pytest.approx([12.5, 22.5, 45, 67.5, 90], abs=0.1)
     assert len(figure["dots"]) == 5
     assert figure["unit"] == "%"
+    lengths = page.figures["Completion length"]
+    (line,) = lengths["lines"][2]
+    assert [to_value(y, lengths["y"]) for _, y in line] == pytest.approx([55, 60, 65, 70], abs=0.5)
+    assert lengths["strips"][10][3] == "55" and lengths["strips"][11][3] == "–"
 
 
 def test_a_null_breaks_the_line_and_is_said(tmp_path):
