@@ -19,9 +19,7 @@ import tyro
 from grpo.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from grpo.config import GRPOConfig
     from grpo.trainer.base import BaseTrainer
-    from grpo.trainer.loop import GRPOTrainer
 
 STOPPED = 75
 

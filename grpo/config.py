@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from grpo.algorithm.recipes import RECIPES, check_objective
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
+from grpo.algorithm.recipes import RECIPES, check_objective
 from grpo.errors import InputError, clip
 from grpo.trl_names import FLAT_ALIASES, translate
 

@@ -1,6 +1,6 @@
 """Errors that a user can mend: each problem is one line `where: field: what it is (what is wanted)`.
 
-The command line prints the lines and exits with `exit_code`, without a traceback; in Python they are ordinary exceptions.
+The command line prints the lines and exits with `exit_code`, without a traceback; in Python they are exceptions.
 """
 
 from __future__ import annotations

@@ -62,9 +62,7 @@ class SFTTrainer(BaseTrainer):
         with self.phase("pack"):
             batches, totals = self._pack(self.data.take(self.config.examples_per_step))
         with self.phase("update"):
-            result = optimizer_step(
-                self.policy, self.optimizer, self.schedule, batches, totals, self._batch_loss
-            )
+            result = optimizer_step(self.policy, self.optimizer, self.schedule, batches, totals, self._batch_loss)
         tokens = sum(batch.input_ids.numel() for batch in batches)
         self.num_tokens += tokens
         faults = {f"{index}/input_ids": batch.input_ids for index, batch in enumerate(batches)}
@@ -171,6 +169,6 @@ def _check_context(examples: list[Prompt], context: int | None) -> None:
     for example in examples:
         length = len(example.token_ids) + len(example.example["completion_ids"])
         if context is not None and length > context:
-            raise InputError(f"data.train: row {example.id + 1}: has {length} tokens (the model's context is {context})")
-
-
+            raise InputError(
+                f"data.train: row {example.id + 1}: has {length} tokens (the model's context is {context})"
+            )

@@ -61,11 +61,10 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     """Foreign names → ours. Returns (values, notes to print once, problems)."""
     notes: list[str] = []
     problems: list[str] = []
-    for name, reason in _REFUSED.items():
-        if name in values:
-            given = values.pop(name)
-            if name not in _HARMLESS or given != _HARMLESS[name]:
-                problems.append(f"{name} is {given!r} ({reason})")
+    for name in _REFUSED.keys() & values.keys():
+        given = values.pop(name)
+        if name not in _HARMLESS or given != _HARMLESS[name]:
+            problems.append(f"{name} is {given!r} ({_REFUSED[name]})")
 
     def rename(old: str, new: str, value: Any) -> None:
         if new in values:
@@ -76,9 +75,8 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     for old, (new, read) in _RENAMED.items():
         if old in values:
             rename(old, new, read(values.pop(old)))
-    for name, read in _REREAD.items():
-        if name in values:
-            values[name] = read(values[name])
+    for name in _REREAD.keys() & values.keys():
+        values[name] = _REREAD[name](values[name])
     if values.get("recipe") == "vespo":
         problems.append("loss_type is 'vespo' (want one of the recipes; gspo or cispo come nearest)")
         values.pop("recipe")

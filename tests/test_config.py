@@ -41,7 +41,10 @@ def lines_of(tmp_path, text, *overrides, cls=GRPOConfig):
 def test_the_documented_sketch_is_the_default(tmp_path):
     config = from_text(tmp_path, SKETCH)
     wanted = GRPOConfig(
-        output_dir="runs/countdown", model={"name_or_path": "some/model"}, adapter={}, data={"train": "path"},
+        output_dir="runs/countdown",
+        model={"name_or_path": "some/model"},
+        adapter={},
+        data={"train": "path"},
         rewards=[{"function": "rewards:math_accuracy"}],
     )
     assert config == wanted
@@ -55,7 +58,9 @@ def test_resolved_yaml_reads_back_equal(tmp_path):
 
 
 def test_overrides_reach_missing_sections_and_lists(tmp_path):
-    config = from_text(tmp_path, "max_steps: 3", "adapter.r=4", "rewards=[m:f]", "data.eval=e.jsonl", "rewards.on_error=none")
+    config = from_text(
+        tmp_path, "max_steps: 3", "adapter.r=4", "rewards=[m:f]", "data.eval=e.jsonl", "rewards.on_error=none"
+    )
     assert config.adapter.r == 4
     assert config.rewards.functions[0].function == "m:f"
     assert (config.data.eval, config.rewards.on_error) == ("e.jsonl", "none")
@@ -63,7 +68,13 @@ def test_overrides_reach_missing_sections_and_lists(tmp_path):
 
 def test_flat_names_are_the_sections():
     flat = GRPOConfig(
-        num_generations=4, learning_rate=1e-4, beta=0.1, max_completion_length=7, save_steps=3, logging_steps=2, lora_r=2
+        num_generations=4,
+        learning_rate=1e-4,
+        beta=0.1,
+        max_completion_length=7,
+        save_steps=3,
+        logging_steps=2,
+        lora_r=2,
     )
     nested = GRPOConfig(
         rollout={"num_generations": 4, "max_completion_length": 7},
@@ -90,7 +101,11 @@ def test_every_knob_says_what_it_is():
     for cls in (GRPOConfig, SFTConfig):
         for section in cls.model_fields.values():
             for name, field in getattr(section.annotation, "model_fields", {}).items():
-                assert field.description or name in ("function", "weight", "learning_rate", "weight_decay") or name.startswith("adam_"), name
+                assert (
+                    field.description
+                    or name in ("function", "weight", "learning_rate", "weight_decay")
+                    or name.startswith("adam_")
+                ), name
 
 
 REFUSED = {
@@ -164,8 +179,16 @@ def test_loading_runs_no_code(tmp_path):
 
 def test_names_of_trl():
     config = GRPOConfig(
-        loss_type="dr_grpo", per_device_train_batch_size=16, gradient_accumulation_steps=4, num_generations=8, bf16=True,
-        gradient_checkpointing=False, scale_rewards=True, use_vllm=False, report_to="none", log_completions=True,
+        loss_type="dr_grpo",
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=4,
+        num_generations=8,
+        bf16=True,
+        gradient_checkpointing=False,
+        scale_rewards=True,
+        use_vllm=False,
+        report_to="none",
+        log_completions=True,
         use_bias_correction_kl=False,
     )
     assert config.objective.recipe == "dr_grpo"

@@ -13,7 +13,11 @@ from grpo.errors import InputError
 from grpo.seeds import permutation
 from tests.tiny import tokenizer
 
-ROWS = [{"prompt": "sort 31", "answer": "13"}, {"prompt": "sort 42", "answer": "24"}, {"prompt": "sort 9", "answer": "9"}]
+ROWS = [
+    {"prompt": "sort 31", "answer": "13"},
+    {"prompt": "sort 42", "answer": "24"},
+    {"prompt": "sort 9", "answer": "9"},
+]
 
 
 def write(path, rows):

@@ -34,7 +34,10 @@ def test_adamw_by_hand_with_decay_on_matrices_only():
     values, m, v = [1.0, -2.0, 3.0], [0.0] * 3, [0.0] * 3
     for step in range(1, 5):
         grads = [0.3 * step, -0.1, 0.7 / step]
-        matrix.grad, vector.grad = torch.tensor([grads[:2]], dtype=torch.float64), torch.tensor(grads[2:], dtype=torch.float64)
+        matrix.grad, vector.grad = (
+            torch.tensor([grads[:2]], dtype=torch.float64),
+            torch.tensor(grads[2:], dtype=torch.float64),
+        )
         Schedule(config, 10, step).apply(optimizer)
         optimizer.step()
         for i, g in enumerate(grads):
@@ -64,4 +67,6 @@ def test_state_keeps_its_own_dtype_and_the_next_step_is_bitwise_the_same():
     again["a.b"].data.copy_(parameters["a.b"].data)
     load_optimizer_state(other, again, saved)
     restored = optimizer_state(other, again)
-    assert all(torch.equal(restored[name], value) and restored[name].dtype == value.dtype for name, value in saved.items())
+    assert all(
+        torch.equal(restored[name], value) and restored[name].dtype == value.dtype for name, value in saved.items()
+    )

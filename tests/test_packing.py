@@ -48,7 +48,11 @@ def test_every_place_of_every_document(capacity):
             scored = []
             for offset, (token, position, target, logprob) in enumerate(slow_places(documents[row])):
                 t = start + offset
-                assert (int(batch.input_ids[t]), int(batch.positions[t]), int(batch.targets[t])) == (token, position, target)
+                assert (int(batch.input_ids[t]), int(batch.positions[t]), int(batch.targets[t])) == (
+                    token,
+                    position,
+                    target,
+                )
                 assert bool(batch.loss_mask[t]) == (logprob is not None)
                 if logprob is not None:
                     scored.append(t)
@@ -86,9 +90,7 @@ def test_utilisation_of_a_long_mix():
 
 def rollouts_of(lengths):
     prompts = [Prompt(p, [1, 2, 3], {"prompt": "x"}) for p in range(len(lengths))]
-    completions = [
-        [Completion([4] * n, [-0.5] * n, "stop", "") for n in group] for group in lengths
-    ]
+    completions = [[Completion([4] * n, [-0.5] * n, "stop", "") for n in group] for group in lengths]
     return ScoredRollouts(Rollouts(prompts, completions, 0), [[1.0] * len(g) for g in lengths], {})
 
 
@@ -109,7 +111,10 @@ def test_packing_is_deterministic_and_order_follows_rows():
     flat = [a for group in advantages for a in group]
     for batch in pack(scored, advantages, 16, skip_zero_advantage=True)[0]:
         for row, start, end in zip(
-            batch.row_ids.tolist(), batch.completion_cu_seqlens[:-1].tolist(), batch.completion_cu_seqlens[1:].tolist(), strict=True
+            batch.row_ids.tolist(),
+            batch.completion_cu_seqlens[:-1].tolist(),
+            batch.completion_cu_seqlens[1:].tolist(),
+            strict=True,
         ):
             values = batch.advantages[batch.scored_index[start:end]]
             assert values.tolist() == pytest.approx([flat[row]] * (end - start))

@@ -31,7 +31,13 @@ def test_uniforms_look_uniform():
 
 
 def test_seeds_separate_every_part_of_the_key():
-    keys = [(0, "rollout", 1, 2), (0, "rollout", 12), (0, "rollout", "1", 2), (0, "rollout", 2, 1), (1, "rollout", 1, 2)]
+    keys = [
+        (0, "rollout", 1, 2),
+        (0, "rollout", 12),
+        (0, "rollout", "1", 2),
+        (0, "rollout", 2, 1),
+        (1, "rollout", 1, 2),
+    ]
     assert len({seed_for(*key) for key in keys}) == len(keys)
     assert all(seed_for(*key) < 2**62 for key in keys)
     text = "\x1f".join(["int:0", "str:rollout", "int:1", "int:2"])

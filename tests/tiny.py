@@ -11,7 +11,10 @@ FAMILIES = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "mistral": ("Mistral", {"sliding_window": None}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512, "final_logit_softcapping": 5.0}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512, "final_logit_softcapping": 5.0},
+    ),
     "granite": ("Granite", {"logits_scaling": 4.0}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
 }
@@ -43,8 +46,17 @@ def tiny_gpt2(seed=0):
     torch.manual_seed(seed)
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=1,
-            initializer_range=0.3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=None,
+            eos_token_id=1,
+            initializer_range=0.3,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
     )
 

@@ -129,7 +129,7 @@ class Policy:
             lines.append("this architecture does not keep packed documents apart: documents run one by one (slower)")
         if not self.adapted and any(p.dtype == torch.bfloat16 for p in self.trainable().values()):
             lines.append(
-                "full fine-tuning in bfloat16: updates below 1/256 of a weight round away (model.dtype: float32 keeps them)"
+                "full fine-tuning in bfloat16: updates below 1/256 of a weight round away (float32 keeps them)"
             )
         return lines
 

@@ -1,0 +1,1 @@
+"""The GRPO loop, the update, and what a run leaves on disk."""

@@ -107,10 +107,10 @@ class BaseTrainer:
             InputError: the folder holds another run, or the checkpoint does not fit.
             RunError: a reward raised, three steps in a row were not finite, …; the folder is saved.
         """
-        row: dict[str, Any] = {}
+        last: dict[str, Any] = {}
         for row in self.steps(resume_from_checkpoint, allow_changes):
-            pass
-        return row
+            last = row
+        return last
 
     def steps(
         self, resume_from_checkpoint: bool = False, allow_changes: Sequence[str] = ()
@@ -191,7 +191,9 @@ class BaseTrainer:
             path = self.folder.write_fault(self.step, tensors)
             self.say(f"step {self.step}: loss or gradient is not finite, step skipped, batch written to {path}")
             if self.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
-                raise RunError(f"{MAX_NONFINITE_IN_A_ROW} steps in a row were not finite (their batches: {path.parent})")
+                raise RunError(
+                    f"{MAX_NONFINITE_IN_A_ROW} steps in a row were not finite (their batches: {path.parent})"
+                )
         return dict(result.metrics)
 
     @contextmanager
@@ -289,7 +291,10 @@ class BaseTrainer:
             differences.append("the frozen base weights differ from those of the run")
         if differences:
             raise InputError(
-                *[f"{self.folder.path}: {line} (want the run's own value, or --allow-change KEY)" for line in differences]
+                *[
+                    f"{self.folder.path}: {line} (want the run's own value, or --allow-change KEY)"
+                    for line in differences
+                ]
             )
         for line in config_differences(saved["versions"], loaded_versions()):
             self.say(f"note: {line} since the checkpoint; bits may differ")

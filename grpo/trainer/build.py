@@ -17,7 +17,14 @@ from grpo.config import GRPOConfig, RunConfig
 from grpo.data import PromptStream, build_prompts, load_table
 from grpo.errors import InputError
 from grpo.model.adapter import add_adapter, is_adapted
-from grpo.model.load import context_length, load_model, load_model_config, load_tokenizer, resolve_device, stop_token_ids
+from grpo.model.load import (
+    context_length,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    resolve_device,
+    stop_token_ids,
+)
 from grpo.model.policy import Policy
 from grpo.rollout.hf_engine import HFEngine
 from grpo.scoring import Reward, load_rewards
@@ -96,7 +103,9 @@ def tokenizer_for(config: RunConfig, model: Any, processing_class: Any) -> Any:
     if processing_class is not None:
         return processing_class
     if isinstance(model, nn.Module) and not config.model.name_or_path:
-        raise InputError("processing_class is None (want the tokenizer: the model was passed as an object without a path)")
+        raise InputError(
+            "processing_class is None (want the tokenizer: the model was passed as an object without a path)"
+        )
     return load_tokenizer(config.model)
 
 

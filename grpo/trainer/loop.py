@@ -8,7 +8,7 @@ Left out: building the parts (build.py), running and saving (base.py), the updat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class GRPOTrainer(BaseTrainer):
         model: folder, hub id, or a Hugging Face model (also one that peft already wrapped).
         reward_funcs: one or several functions, or their names "module:function"; None: `args.rewards`.
         args: every knob; None: the defaults.
-        train_dataset: rows with a prompt column (list of dicts, `datasets.Dataset`, path, hub id); None: `args.data.train`.
+        train_dataset: rows with a prompt column (list of dicts, Dataset, path, hub id); None: `args.data.train`.
         eval_dataset: the same for held-out rows; None: `args.data.eval`.
         processing_class: the tokenizer; None: the one beside the model.
         peft_config: a `peft.PeftConfig`; None: `args.adapter`.
@@ -65,7 +65,13 @@ class GRPOTrainer(BaseTrainer):
     ) -> None:
         console = console or default_console()
         parts = build_parts(
-            args or GRPOConfig(), model, reward_funcs, (train_dataset, eval_dataset), processing_class, peft_config, console
+            args or GRPOConfig(),
+            model,
+            reward_funcs,
+            (train_dataset, eval_dataset),
+            processing_class,
+            peft_config,
+            console,
         )
         super().__init__(parts.config, parts.policy, parts.tokenizer, parts.data, console)
         self.config: GRPOConfig = parts.config
@@ -127,7 +133,9 @@ class GRPOTrainer(BaseTrainer):
             advantages = [
                 group if cause is None else [None] * len(group) for group, cause in zip(advantages, causes, strict=True)
             ]
-        counts = {f"groups/{cause}": float(causes.count(cause)) for cause in ("all_right", "all_wrong", "all_truncated")}
+        counts = {
+            f"groups/{cause}": float(causes.count(cause)) for cause in ("all_right", "all_wrong", "all_truncated")
+        }
         counts["frac_reward_zero_std"] = sum(cause is not None for cause in causes) / len(causes)
         return scored, advantages, counts
 
@@ -177,7 +185,8 @@ class GRPOTrainer(BaseTrainer):
                 ("all_right", "all_wrong", "all_truncated"), key=lambda name: buffer.metrics.get(f"groups/{name}", 0)
             )
             raise RunError(
-                f"{MAX_EMPTY_IN_A_ROW} steps in a row had nothing to learn from: no group's rewards differ (mostly {cause})"
+                f"{MAX_EMPTY_IN_A_ROW} steps in a row had nothing to learn from: "
+                f"no group's rewards differ (mostly {cause})"
             )
 
     # --- beside the loop -------------------------------------------------------------------------------------
@@ -239,10 +248,19 @@ class GRPOTrainer(BaseTrainer):
         if scored is None:
             rollouts = self.engine.generate(list(self.data.prompts[:count]), self._sampling())
             scored = score(
-                rollouts, self.rewards, step=self.step, max_steps=self.config.max_steps, on_error="none", seed=self.config.seed
+                rollouts,
+                self.rewards,
+                step=self.step,
+                max_steps=self.config.max_steps,
+                on_error="none",
+                seed=self.config.seed,
             )
         self.console.samples(
-            (prompt_text(prompt.example["prompt"]), group[0].text, {name: values[p][0] for name, values in scored.parts.items()})
+            (
+                prompt_text(prompt.example["prompt"]),
+                group[0].text,
+                {name: values[p][0] for name, values in scored.parts.items()},
+            )
             for p, (prompt, group) in enumerate(
                 zip(scored.rollouts.prompts[:count], scored.rollouts.completions[:count], strict=True)
             )

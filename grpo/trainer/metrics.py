@@ -111,9 +111,7 @@ class RunFolder:
             self._track(tracker, clean)
         return clean
 
-    def write_rollouts(
-        self, step: int, scored: ScoredRollouts, advantages: Sequence[Sequence[float | None]]
-    ) -> Path:
+    def write_rollouts(self, step: int, scored: ScoredRollouts, advantages: Sequence[Sequence[float | None]]) -> Path:
         """One Parquet file with a row per completion: prompt, completion, every reward, advantage, finish reason."""
         import pyarrow
         import pyarrow.parquet

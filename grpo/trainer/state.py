@@ -75,13 +75,14 @@ def _load_weights(trainer: Any, tensors: Mapping[str, Tensor]) -> None:
     parameters = trainer.policy.trainable()
     if set(parameters) != set(tensors):
         odd = sorted(set(parameters) ^ set(tensors))
-        raise InputError(f"checkpoint: trained parameters differ from the model's, first {odd[0]!r} ({len(odd)} in all)")
+        raise InputError(
+            f"checkpoint: trained parameters differ from the model's, first {odd[0]!r} ({len(odd)} in all)"
+        )
     for name, parameter in parameters.items():
         value = tensors[name]
         if value.shape != parameter.shape or value.dtype != parameter.dtype:
-            raise InputError(
-                f"checkpoint: {name} is {value.dtype} {list(value.shape)}, the model has {parameter.dtype} {list(parameter.shape)}"
-            )
+            held, wanted = f"{value.dtype} {list(value.shape)}", f"{parameter.dtype} {list(parameter.shape)}"
+            raise InputError(f"checkpoint: {name} is {held}, the model has {wanted}")
         with torch.no_grad():
             parameter.copy_(value)
 
@@ -145,7 +146,7 @@ def _load_buffer_facts(trainer: Any, facts: Any) -> None:
 def generators() -> Tensors:
     """States of torch (CPU and every CUDA device), numpy and `random`, as tensors."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     states = {
         "torch": torch.get_rng_state(),
         "random": torch.tensor([version, *internal], dtype=torch.int64),

@@ -119,7 +119,10 @@ def add_reference_logprobs(policy: Policy, batches: list[TokenBatch], temperatur
     """The bins with the reference's log-probs: the same scorer and bins, adapter off or frozen copy."""
     with policy.reference() as reference:
         return [
-            replace(batch, reference_logprobs=_scatter(batch, reference.logprobs(batch.to(policy.device), temperature).logprobs))
+            replace(
+                batch,
+                reference_logprobs=_scatter(batch, reference.logprobs(batch.to(policy.device), temperature).logprobs),
+            )
             for batch in batches
         ]
 
@@ -144,4 +147,6 @@ def _entropy_threshold(policy: Policy, config: GRPOConfig, buffer: RolloutBuffer
             policy.logprobs(batch.to(policy.device), config.rollout.temperature, return_entropy=True).entropy
             for batch in buffer.batches
         ]
-    return float(entropy_quantile(torch.cat([e for e in entropies if e is not None]), config.objective.top_entropy_quantile))
+    return float(
+        entropy_quantile(torch.cat([e for e in entropies if e is not None]), config.objective.top_entropy_quantile)
+    )

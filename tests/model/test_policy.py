@@ -59,10 +59,7 @@ def test_gradients_of_any_packing(family, capacity):
     starts = [0, 3, 8, 9]
     wanted = gradients(
         model,
-        sum(
-            (slow_logprobs(model, d) * weights[starts[d.row_id] : starts[d.row_id + 1]]).sum()
-            for d in DOCUMENTS
-        ),
+        sum((slow_logprobs(model, d) * weights[starts[d.row_id] : starts[d.row_id + 1]]).sum() for d in DOCUMENTS),
     )
     model.zero_grad()
     for batch in pack_documents(DOCUMENTS, capacity):

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grpo.trainer.checkpoint import newest_checkpoint
 
 from grpo import GRPOConfig, GRPOTrainer, InputError, SFTConfig, SFTTrainer
-from grpo.trainer.checkpoint import newest_checkpoint
 from grpo.trainer.state import capture
 from tests.tiny import tiny_model, tokenizer
 
@@ -88,11 +88,16 @@ def rows_of(folder):
 def differences(a, b):
     tensors_a, state_a, rows_a = a
     tensors_b, state_b, rows_b = b
-    found = [name for name in {*tensors_a, *tensors_b} if name not in tensors_a or name not in tensors_b
-             or not torch.equal(tensors_a[name], tensors_b[name])]
+    found = [
+        name
+        for name in {*tensors_a, *tensors_b}
+        if name not in tensors_a or name not in tensors_b or not torch.equal(tensors_a[name], tensors_b[name])
+    ]
     found += [name for name in {*state_a, *state_b} if state_a.get(name) != state_b.get(name)]
-    return found + [f"row {index}" for index, (x, y) in enumerate(zip(rows_a, rows_b, strict=False)) if x != y] + (
-        [] if len(rows_a) == len(rows_b) else ["number of rows"]
+    return (
+        found
+        + [f"row {index}" for index, (x, y) in enumerate(zip(rows_a, rows_b, strict=False)) if x != y]
+        + ([] if len(rows_a) == len(rows_b) else ["number of rows"])
     )
 
 
@@ -164,7 +169,9 @@ def test_every_generator_is_needed(tmp_path, part, monkeypatch):
     original = state.restore_generators
     fresh = state.generators()
     monkeypatch.setattr(
-        state, "restore_generators", lambda states: original({**states, part: fresh[part]}) if second.step == 5 else original(states)
+        state,
+        "restore_generators",
+        lambda states: original({**states, part: fresh[part]}) if second.step == 5 else original(states),
     )
     second.train(resume_from_checkpoint=True)
     assert differences(final_state(whole), final_state(second))

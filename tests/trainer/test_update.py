@@ -9,7 +9,6 @@ import torch
 from grpo import GRPOConfig, GRPOTrainer, RunError
 from grpo.batch import RolloutBuffer
 from grpo.packing import pack
-
 from tests.tiny import tiny_model, tokenizer
 from tests.tolerances import SPLIT, relative_error
 
@@ -84,7 +83,9 @@ def test_every_split_and_order_is_the_same_step(tmp_path, recipe, beta):
     assert len(results[0][1].logprobs) > 4 and len(results[-1][1].logprobs) == 1
     wanted, first = results[0]
     for got, result in results[1:]:
-        assert result.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=SPLIT["float64"], abs=SPLIT["float64"])
+        assert result.metrics["loss"] == pytest.approx(
+            first.metrics["loss"], rel=SPLIT["float64"], abs=SPLIT["float64"]
+        )
         assert max(relative_error(got[name], wanted[name]) for name in wanted) < 1e-9  # float32 advantages, fp64 sums
         assert result.metrics["entropy"] == pytest.approx(first.metrics["entropy"], rel=1e-9)
 
@@ -157,7 +158,9 @@ def test_skipping_zero_variance_groups_keeps_the_gradient(tmp_path):
     results = []
     for skip in (True, False):
         batches, totals = pack(scored, advantages, 60, skip_zero_advantage=skip)
-        results.append((gradients_of(trainer, RolloutBuffer(batches, totals, {}))[0], sum(b.input_ids.numel() for b in batches)))
+        results.append(
+            (gradients_of(trainer, RolloutBuffer(batches, totals, {}))[0], sum(b.input_ids.numel() for b in batches))
+        )
     (skipped, few), (kept, many) = results
     assert few < many
     assert max(relative_error(skipped[name], kept[name]) for name in kept) < SPLIT["float32"]
@@ -223,5 +226,3 @@ def _optimizer_tensors(trainer):
     from grpo.optim import optimizer_state
 
     return optimizer_state(trainer.optimizer, trainer.policy.trainable())
-
-
