@@ -270,6 +270,9 @@ class GRPOConfig(RunConfig):
 
     _source: ClassVar[str] = "GRPOConfig"
 
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+
     def contradictions(self) -> list[str]:
         """Settings that are each possible but not together."""
         problems = super().contradictions()
@@ -297,6 +300,9 @@ class SFTConfig(RunConfig):
     max_completion_length: Int = Field(1024, ge=1, description="tokens; a longer answer is an error")
 
     _source: ClassVar[str] = "SFTConfig"
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
 
 
 def objective_knobs(objective: ObjectiveConfig) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def _token_batch(documents: Sequence[Document]) -> TokenBatch:
     ids: list[int] = []
     targets: list[int] = []
     positions: list[int] = []
-    starts, scored, completion_starts = [0], [], [0]
+    scored: list[int] = []
+    starts, completion_starts = [0], [0]
     advantages: list[float] = []
     sampler: list[float] = []
     for document in documents:

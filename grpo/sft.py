@@ -124,7 +124,7 @@ def _examples(config: SFTConfig, tokenizer: Any, passed: Any, configured: Any, f
 
 def _split(config: SFTConfig, row: Mapping[str, Any], has_messages: bool) -> tuple[Any, Any]:
     if has_messages:
-        messages = row.get("messages")
+        messages: Any = row.get("messages")
         if problem := prompt_problem(messages):
             raise InputError(f"messages {problem}")
         if isinstance(messages, str) or len(messages or ()) < 2 or messages[-1]["role"] != "assistant":

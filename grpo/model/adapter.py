@@ -28,7 +28,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig | Any) -> nn.Module:
     if isinstance(config, AdapterConfig):
         config = LoraConfig(
             r=config.r,
-            lora_alpha=config.alpha,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft scales by alpha / r, any float
             lora_dropout=config.dropout,
             target_modules=config.target_modules,
             task_type="CAUSAL_LM",
@@ -44,7 +44,7 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: nn.Module) -> Any:
     """The causal LM inside a peft wrapper, or `model` itself."""
     return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
 

@@ -83,7 +83,7 @@ def load_model(config: ModelConfig) -> nn.Module:
     if config.load_in_4bit:
         arguments |= {"quantization_config": _nf4(config), "device_map": {"": device}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(Path(config.name_or_path).expanduser()), **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(Path(config.name_or_path).expanduser()), **arguments)
     except (OSError, ValueError) as error:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
     if config.load_in_4bit:
@@ -129,7 +129,7 @@ def stop_token_ids(tokenizer: Any, model: nn.Module | None = None) -> tuple[int,
         InputError: there is none, so that no completion could end.
     """
     generation = getattr(model, "generation_config", None)
-    found: list[int] = []
+    found: list[Any] = []
     for value in (getattr(tokenizer, "eos_token_id", None), getattr(generation, "eos_token_id", None)):
         found += list(value) if isinstance(value, list | tuple) else [value]
     ids = tuple(dict.fromkeys(token for token in found if isinstance(token, int)))

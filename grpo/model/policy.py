@@ -32,7 +32,7 @@ _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e
 class Head:
     """logits = softcap((h·Wᵀ + b)·scale), weight [V, H], bias [V] or None."""
 
-    module: nn.Module
+    module: Any
     softcap: float | None = None
     scale: float = 1.0
 
@@ -87,7 +87,7 @@ class Policy:
         self._accepts: set[str] = set(inspect.signature(self.backbone.forward).parameters)
         self.head = self._probe_head()
         self.packs = self._probe_packing()
-        self._reference = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
+        self._reference: Any = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
         if activation_checkpointing == "recompute" and self.causal_lm.supports_gradient_checkpointing:
             # transformers renamed it within 5.x
             new = getattr(self.causal_lm, "activation_checkpointing_enable", None)

@@ -156,7 +156,7 @@ def environment_facts() -> dict[str, Any]:
     """Versions, GPU, driver and commit of this process, as JSON values."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _VERSIONED:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -146,7 +146,8 @@ def _load_buffer_facts(trainer: Any, facts: Any) -> None:
 def generators() -> Tensors:
     """States of torch (CPU and every CUDA device), numpy and `random`, as tensors."""
     version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = legacy
     states = {
         "torch": torch.get_rng_state(),
         "random": torch.tensor([version, *internal], dtype=torch.int64),

@@ -54,10 +54,10 @@ def optimizer_step(
     policy.module.train()
     losses, parts, logprobs = [], [], []
     for batch in batches:
-        loss, metrics, batch_logprobs = batch_loss(batch.to(policy.device), totals)
+        loss, batch_metrics, batch_logprobs = batch_loss(batch.to(policy.device), totals)
         loss.backward()
         losses.append(loss.detach())
-        parts.append(metrics)
+        parts.append(batch_metrics)
         logprobs.append(batch_logprobs)
     loss_value = grad_norm = 0.0
     if batches:
@@ -69,7 +69,7 @@ def optimizer_step(
     if finite:
         schedule.position += 1
     optimizer.zero_grad(set_to_none=True)
-    metrics = combine_metrics(parts) if parts else {}
+    metrics: dict[str, float] = combine_metrics(parts) if any(parts) else {}
     metrics |= {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": learning_rate}
     return StepResult(metrics, bool(batches) and finite, finite, logprobs)
 
