@@ -41,10 +41,14 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Coefficients:
-    """∂L/∂logp and ∂L/∂entropy of the rows of one tile, each [n] in the tile's dtype; None: 1 and 0."""
+    """∂L/∂logp and ∂L/∂entropy of the rows of one tile, each [n], contiguous, in the tile's dtype; None: 1 and 0."""
 
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
+
+    def of(self, rows: slice) -> Coefficients:
+        """Those of one tile."""
+        return Coefficients(*(None if x is None else x[rows] for x in (self.logprobs, self.entropy)))
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class HeadCall:
     operand_dtype: torch.dtype  # as it really sees them: 16-bit operands with a float32 result exist on CUDA alone
     tile_dtype: torch.dtype
     row_step: RowStep
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """What the GEMMs read: `dtype`'s values, stored as `operand_dtype`."""
+        return tensor.to(self.dtype).to(self.operand_dtype)
 
     def temperature_of(self, rows: slice) -> float | Tensor:
         """A number, or [n, 1]."""
@@ -227,13 +235,9 @@ class _Recompute(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = _HeadGradients.zeros(ctx.needs_input_grad, hidden, weight, bias, ctx.call)
-            gradients.fill(
-                hidden,
-                weight,
-                bias,
-                ctx.call,
-                Coefficients(grad_logprobs, grad_entropy if ctx.entropy_gradient else None),
-            )
+            # Contiguous: the gradient of a sum arrives as one number seen through stride 0.
+            e = grad_entropy.contiguous() if ctx.entropy_gradient and grad_entropy is not None else None
+            gradients.fill(hidden, weight, bias, ctx.call, Coefficients(grad_logprobs.contiguous(), e))
         return gradients.hidden, gradients.of(weight), gradients.of_bias(bias), None, None
 
 
@@ -265,14 +269,10 @@ class _HeadGradients:
         return None if self.bias is None or bias is None else self.bias.to(bias.dtype)
 
     def fill(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, given: Coefficients) -> None:
-        weight = weight.to(call.operand_dtype)
+        weight = call.operand(weight)
         again = _empty_outputs(hidden, call)
         for rows, chunk, tile in _tiles(hidden, weight, call):
-            wanted = Coefficients(
-                None if given.logprobs is None else given.logprobs[rows],
-                None if given.entropy is None else given.entropy[rows],
-            )
-            d = call.row_step(tile, bias, call, rows, again, wanted)
+            d = call.row_step(tile, bias, call, rows, again, given.of(rows))
             assert d is not None
             if self.hidden is not None:
                 _mm_into(d, weight, self.hidden[rows])
@@ -286,7 +286,7 @@ def _score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, u: Tensor | None = None
 ) -> TokenLogprobs:
     """The forward pass of every path; fills u [N, H] too if given."""
-    hidden, weight = hidden.detach(), weight.detach().to(call.operand_dtype)
+    hidden, weight = hidden.detach(), call.operand(weight.detach())
     bias = None if bias is None else bias.detach()
     out = _empty_outputs(hidden, call)
     for rows, _, tile in _tiles(hidden, weight, call):
@@ -303,7 +303,7 @@ def _tiles(hidden: Tensor, weight: Tensor, call: HeadCall) -> Iterator[tuple[sli
     buffer = torch.empty((height, _row_stride(vocabulary)), dtype=call.tile_dtype, device=hidden.device)
     for start in range(0, total, call.rows_per_tile):
         rows = slice(start, min(start + call.rows_per_tile, total))
-        chunk = hidden[rows].to(call.operand_dtype)
+        chunk = call.operand(hidden[rows])
         tile = buffer[: chunk.shape[0], :vocabulary]
         _mm_into(chunk, weight.t(), tile)
         yield rows, chunk, tile
