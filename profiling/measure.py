@@ -1,0 +1,156 @@
+"""Time and peak memory of one callable, hot: warm-up by the clock, CUDA events, median, 20th and 80th percentile.
+
+Left out: CPU memory (the allocator of torch's CPU build keeps no peak).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds per call, and GiB allocated at the peak of one call beyond what was allocated before it."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    peak_gib: float | None  # None on the CPU
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(self).items()}
+
+
+def measure(
+    function: Callable[[], Any],
+    device: torch.device | str,
+    *,
+    warmup_seconds: float = 0.5,
+    seconds: float = 1.0,
+    min_repeats: int = 5,
+    max_repeats: int = 50,
+) -> Measurement:
+    """Call `function` until `warmup_seconds` have passed (twice at least), then time it for about `seconds`.
+
+    What `function` returns is dropped at once. On CUDA the timed calls are queued back to back, so the clocks are those
+    of sustained work; the peak is that of one further call.
+    """
+    device = torch.device(device)
+    duration = _warm_up(function, device, warmup_seconds)
+    repeats = min(max_repeats, max(min_repeats, int(seconds / max(duration, 1e-9))))
+    times = sorted(_cuda_times(function, repeats) if device.type == "cuda" else _wall_times(function, repeats))
+    return Measurement(
+        median_ms=_percentile(times, 0.5),
+        p20_ms=_percentile(times, 0.2),
+        p80_ms=_percentile(times, 0.8),
+        repeats=repeats,
+        peak_gib=peak_gib(function) if device.type == "cuda" else None,
+    )
+
+
+def peak_gib(function: Callable[[], Any]) -> float:
+    """GiB allocated on the current CUDA device at the peak of one call, beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+def _warm_up(function: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of the last warm-up call."""
+    start, calls, duration = time.perf_counter(), 0, 0.0
+    while calls < 2 or time.perf_counter() - start < seconds:
+        began = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        duration = time.perf_counter() - began
+        calls += 1
+    return duration
+
+
+def _cuda_times(function: Callable[[], Any], repeats: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def _wall_times(function: Callable[[], Any], repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _percentile(ordered: list[float], share: float) -> float:
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def device_slug(device: torch.device | str) -> str:
+    """Folder name of a device's results: "nvidia-h200", "cpu"."""
+    if torch.device(device).type != "cuda":
+        return "cpu"
+    return "-".join(torch.cuda.get_device_name(device).lower().replace("/", " ").split())
+
+
+def environment(device: torch.device | str, commit: str | None = None) -> dict[str, Any]:
+    """What a figure depends on: device, driver, versions, commit and the command that gave it."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "memory_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1) if cuda else None,
+        "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if cuda else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": commit or _first_line(["git", "rev-parse", "HEAD"]),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else os.path.basename(sys.argv[0])  # noqa: PTH119 a bare name
+
+
+def _first_line(command: list[str]) -> str | None:
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.splitlines()[0].strip() if out.strip() else None
