@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console as RichConsole
 
 from grpo.trainer import console
-from grpo.trainer.console import Console, ProgressView, duration, number, percent, sparkline, visible
+from grpo.trainer.console import Console, ProgressView
+from grpo.trainer.text import duration, number, percent, sparkline, visible
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 NAN, INF = math.nan, math.inf

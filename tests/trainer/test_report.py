@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from grpo.errors import InputError
-from grpo.trainer.report import MAX_BINS, write_report
+from grpo.trainer.charts import MAX_BINS
+from grpo.trainer.report import write_report
 
 LONG = 40  # steps of `make_run`
 
@@ -283,6 +284,81 @@ def test_a_null_breaks_the_line_and_is_said(tmp_path):
     page = page_of(tmp_path / "run")
     assert [len(part) for part in page.figures["KL to the reference"]["lines"][0]] == [9, 30]
     assert "kl is null or not finite at 1 step (first: step 10)" in page.text("li")
+
+
+def test_a_column_that_is_null_in_every_row_is_absent(tmp_path):
+    rows = [row(s, kl=None, entropy=None if s > 1 else 1.5) for s in (1, 2, 3)]
+    write_rows(tmp_path / "run", rows)
+    page = page_of(tmp_path / "run")
+    notes = page.text("li")
+    assert "KL to the reference" not in page.figures
+    (line,) = [note for note in notes if note.startswith("not drawn")]
+    assert "KL to the reference" in line and "Entropy" not in line
+    assert [note for note in notes if "null or not finite" in note] == [
+        "entropy is null or not finite at 2 steps (first: step 2)"
+    ]
+
+
+def test_a_loss_that_was_never_finite_is_said_though_it_is_null_in_every_row(tmp_path):
+    # the writer of the rows turns a NaN into null and counts it in `nonfinite`
+    write_rows(tmp_path / "written", [row(s, loss=None, nonfinite=1) for s in (1, 2)])
+    write_rows(tmp_path / "literal", [row(s, loss=math.nan) for s in (1, 2)])
+    for name in ("written", "literal"):
+        page = page_of(tmp_path / name)
+        assert "loss is null or not finite at 2 steps (first: step 1)" in page.text("li"), name
+    # one NaN later does not make a column out of what was never measured
+    rows = [row(1, kl=None), row(2, kl=None, loss=None, nonfinite=1)]
+    write_rows(tmp_path / "later", rows)
+    said = [note for note in page_of(tmp_path / "later").text("li") if "null or not finite" in note]
+    assert said == ["loss is null or not finite at 1 step (first: step 2)"]
+
+
+def causes(step, right, wrong, truncated, zero, total):
+    counts = {"groups/all_right": right, "groups/all_wrong": wrong, "groups/all_truncated": truncated}
+    return row(step, **counts, frac_reward_zero_std=zero / total)
+
+
+CAUSES = "Zero-variance groups by cause"
+
+
+@pytest.mark.parametrize("config", [None, "prompts_per_step: 8\n", "prompts_per_step: 4\n"])
+def test_causes_of_zero_variance_are_stacked_shares_of_all_groups(tmp_path, config):
+    # 4 groups would be fewer than were counted; in step 2 a group has another cause: counts ÷ share is too low there
+    rows = [causes(1, 1, 2, 1, 4, 8), causes(2, 2, 1, 0, 4, 8), causes(3, 0, 0, 0, 0, 8)]
+    write_rows(tmp_path, rows)
+    if config:
+        (tmp_path / "config.yaml").write_text(config)
+    figure = page_of(tmp_path).figures[CAUSES]
+    assert figure["unit"] == "% of groups"
+    assert figure["strips"] == [
+        ["step 1", "12.5 %", "25 %", "12.5 %"],
+        ["step 2", "25 %", "12.5 %", "0 %"],
+        ["step 3", "0 %", "0 %", "0 %"],
+    ]
+    assert [v for _, v in figure["y"]] == [0, 20, 40, 60, 80, 100]
+    tops = [[to_value(y, figure["y"]) for _, y in area[0]] for area in figure["bands"]]
+    assert [max(top) for top in tops] == pytest.approx([25, 37.5, 50], abs=0.1)  # each stands on the one before
+
+
+def test_the_configured_number_of_groups_counts_where_rows_do_not_tell(tmp_path):
+    rows = [causes(1, 1, 0, 0, 2, 8), causes(2, 0, 1, 0, 2, 8)]  # counts ÷ share is 4
+    write_rows(tmp_path, rows)
+    (tmp_path / "config.yaml").write_text("prompts_per_step: 8\n")
+    assert page_of(tmp_path).figures[CAUSES]["strips"][0] == ["step 1", "12.5 %", "0 %", "0 %"]
+
+
+@pytest.mark.parametrize(
+    "config", ["", "prompts_per_step: 3\n", "prompts_per_step: many\n", "prompts_per_step: .inf\n"]
+)
+def test_causes_are_counts_where_the_number_of_groups_is_not_known(tmp_path, config):
+    rows = [causes(1, 1, 2, 0, 4, 8), causes(2, 3, 0, 0, 4, 7)]  # no number of groups fits both
+    rows[0]["initial_eval_accuracy"] = 0.5
+    write_rows(tmp_path, rows)
+    (tmp_path / "config.yaml").write_text(config)
+    figure = page_of(tmp_path).figures[CAUSES]
+    assert figure["unit"] == "groups"
+    # the evaluation before the first step had no groups, which is not the same as 0 of them
+    assert figure["strips"] == [["step 0", "–", "–", "–"], ["step 1", "1", "2", "0"], ["step 2", "3", "0", "0"]]
 
 
 def test_a_spike_makes_the_axis_logarithmic(tmp_path):
