@@ -2,12 +2,18 @@
 
     a_iv = softcap((h_i·W_v + b_v)·k) / T_i        logp_i = a_iy − log Σ_v exp a_iv        u_i = ∂logp_i / ∂h_i
 
-Chunks of rows share one float32 tile of logits, bounded by `chunk_mb`. What requires grad picks the path; the forward
-numbers are the same bits on all three:
-- nothing: statistics alone (one GEMM);
+Rows go through in chunks, the vocabulary in tiles, and the tile of float32 logits [n, w] is small enough to stay in the
+GPU's L2 cache between the GEMM that writes it and the two steps that read it. What requires grad picks the path; the
+forward numbers are the same bits on all three:
+- nothing: running statistics alone (one GEMM);
 - hidden only (frozen head): dL/dh_i = (∂L/∂logp_i)·u_i for any loss, so u is formed in the forward pass while the tile
-  is hot and backward is one multiply (two GEMMs; recomputing the logits would make it three);
-- weight or bias, or the entropy's gradient: the tile is rebuilt in backward, where ∂L/∂logp is known (four GEMMs).
+  is hot and backward is one multiply (two GEMMs; recomputing the logits would make it three). With the running maximum
+  r, E_v = e^(a_v − r) for v ≠ y, q = Σ_v E_v and j = ∂a/∂(h·W):  u = (j_y·q·W_y − Σ_v j_v·E_v·W_v) / (q + e^(a_y − r)),
+  free of cancellation for confident tokens; q and the sum are rescaled when r rises, as in online softmax;
+- weight or bias, or the entropy's gradient: tiles are rebuilt in backward, where ∂L/∂logp is known (four GEMMs).
+
+Files: this one holds the contract, logprobs_tiles.py the loops and autograd, logprobs_torch.py and logprobs_triton.py
+the three elementwise steps under one set of signatures.
 
 Left out: LoRA or quantised storage on the head, a vocabulary split over ranks, double backward, float16 gradients
 (∂L/∂logp·u underflows without loss scaling). Call it outside activation-checkpointed regions, else its forward runs
@@ -17,67 +23,14 @@ twice; a compiled caller gets a graph break here.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from grpo.kernels.logprobs_tiles import HeadCall, Steps, TokenLogprobs, tile_shape, token_logprobs_on_path
 
 Backend = Literal["auto", "torch", "triton"]
-MIB = 2**20
-ROW_ALIGNMENT = 64  # the tile's row stride, in elements: an odd V would slow the GEMM down
-CHUNK_ALIGNMENT = 128  # rows
-
-
-class TokenLogprobs(NamedTuple):
-    """All float32 [N] (float64 for float64 inputs); `entropy` is None unless asked for. Nats."""
-
-    logprobs: Tensor
-    entropy: Tensor | None
-    lse: Tensor
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """∂L/∂logp and ∂L/∂entropy of the rows of one tile, each [n], contiguous, in the tile's dtype; None: 1 and 0."""
-
-    logprobs: Tensor | None = None
-    entropy: Tensor | None = None
-
-    def of(self, rows: slice) -> Coefficients:
-        """Those of one tile."""
-        return Coefficients(*(None if x is None else x[rows] for x in (self.logprobs, self.entropy)))
-
-
-@dataclass(frozen=True)
-class HeadCall:
-    """One call's settings: all but hidden, weight and bias, which autograd has to see."""
-
-    targets: Tensor  # [N] int64
-    temperature: float | Tensor  # Tensor: [N] in tile_dtype
-    softcap: float | None
-    logit_scale: float
-    with_entropy: bool
-    rows_per_tile: int
-    dtype: torch.dtype  # of hidden and weight as the GEMM is meant to see them: the autocast dtype inside autocast
-    operand_dtype: torch.dtype  # as it really sees them: 16-bit operands with a float32 result exist on CUDA alone
-    tile_dtype: torch.dtype
-    row_step: RowStep
-
-    def operand(self, tensor: Tensor) -> Tensor:
-        """What the GEMMs read: `dtype`'s values, stored as `operand_dtype`."""
-        return tensor.to(self.dtype).to(self.operand_dtype)
-
-    def temperature_of(self, rows: slice) -> float | Tensor:
-        """A number, or [n, 1]."""
-        return self.temperature[rows, None] if isinstance(self.temperature, Tensor) else self.temperature
-
-
-# (tile, bias, call, rows, out, wanted) -> D | None: turns raw logits h·W [n, V] into statistics, written to out[rows],
-# and, if `wanted` is given, into D = ∂(c·logp + e·entropy)/∂(h·W) [n, V] in call.operand_dtype. May overwrite the tile.
-RowStep = Callable[[Tensor, Tensor | None, HeadCall, slice, TokenLogprobs, Coefficients | None], Tensor | None]
 
 
 def resolve_backend(
@@ -141,8 +94,9 @@ def token_logprobs(  # noqa: PLR0913 the interface is the contract: the head's f
         temperature: a number, or [N] constants: the sampler's own value.
         softcap, logit_scale: as the model has them; a model that divides its logits by x has logit_scale 1/x.
         return_entropy: True: entropy of the whole distribution, a constant; "grad": differentiable (recompute path).
-        chunk_mb: MiB of the float32 tile [n, V]. n is rounded down to 128 rows, or below that to as few as fit, at
-            least one. The torch twin holds up to three more temporaries of that size, the Triton twin none.
+        chunk_mb: the most MiB that the tile and the sum beside it may take; see `tile_shape`. The fastest size is about
+            48, so more changes nothing and less costs time. The torch twin holds up to three more temporaries of the
+            tile's size, the Triton twin none.
         backend: see `resolve_backend`.
 
     Returns:
@@ -163,251 +117,24 @@ def token_logprobs(  # noqa: PLR0913 the interface is the contract: the head's f
         softcap=None if softcap is None else float(softcap),
         logit_scale=float(logit_scale),
         with_entropy=bool(return_entropy),
-        rows_per_tile=rows_per_tile(lm_head_weight.shape[0], chunk_mb, tile_dtype.itemsize),
+        vocabulary=lm_head_weight.shape[0],
+        tile=tile_shape(hidden.shape[1], lm_head_weight.shape[0], chunk_mb, tile_dtype.itemsize),
         dtype=dtype,
         operand_dtype=dtype if hidden.is_cuda else tile_dtype,
         tile_dtype=tile_dtype,
-        row_step=_row_step(name),
+        steps=_steps(name),
     )
-    return _on_path(hidden, lm_head_weight, bias, call, entropy_gradient=return_entropy == "grad")
+    return token_logprobs_on_path(hidden, lm_head_weight, bias, call, entropy_gradient=return_entropy == "grad")
 
 
-def rows_per_tile(vocabulary: int, chunk_mb: float, itemsize: int = 4) -> int:
-    """Rows n of a tile [n, V] of at most `chunk_mb` MiB: a multiple of 128, or below that what fits, at least 1."""
-    if not chunk_mb > 0:
-        raise ValueError(f"chunk_mb: {chunk_mb} (want a positive number of MiB)")
-    rows = int(chunk_mb * MIB // (itemsize * _row_stride(vocabulary)))
-    return rows // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT if rows >= CHUNK_ALIGNMENT else max(rows, 1)
-
-
-def _on_path(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, *, entropy_gradient: bool
-) -> TokenLogprobs:
-    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if not (torch.is_grad_enabled() and (head_trains or hidden.requires_grad)):
-            return _score(hidden, weight, bias, call)
-        if call.dtype == torch.float16:
-            raise ValueError("hidden: float16 gradients underflow without loss scaling (want bfloat16 or float32)")
-        if head_trains or entropy_gradient:
-            return TokenLogprobs(*_Recompute.apply(hidden, weight, bias, call, entropy_gradient))
-        return TokenLogprobs(*_KeepU.apply(hidden, weight, bias, call))
-
-
-class _KeepU(torch.autograd.Function):
-    """Frozen head: forward leaves u = ∂logp/∂h, which backward turns into the gradient in place."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall) -> Any:
-        u = torch.empty(hidden.shape, dtype=call.dtype, device=hidden.device)
-        out = _score(hidden, weight, bias, call, u)
-        # Not save_for_backward: u belongs to this function alone and is overwritten.
-        ctx.u, ctx.hidden_dtype = u, hidden.dtype
-        ctx.mark_non_differentiable(*(x for x in (out.entropy, out.lse) if x is not None))
-        return tuple(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, *_: Any) -> Any:
-        u, ctx.u = ctx.u, None
-        if u is None:
-            raise RuntimeError("token_logprobs: second backward; with a frozen head the first one consumed its state")
-        return u.mul_(grad_logprobs[:, None]).to(ctx.hidden_dtype), None, None, None
-
-
-class _Recompute(torch.autograd.Function):
-    """Trainable head or entropy gradient: backward rebuilds each tile and knows ∂L/∂logp and ∂L/∂entropy there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, entropy_gradient: bool
-    ) -> Any:
-        out = _score(hidden, weight, bias, call)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.call, ctx.entropy_gradient = call, entropy_gradient
-        constants = (out.lse,) if entropy_gradient else (out.entropy, out.lse)
-        ctx.mark_non_differentiable(*(x for x in constants if x is not None))
-        return tuple(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None, _: Any) -> Any:
-        hidden, weight, bias = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            gradients = _HeadGradients.zeros(ctx.needs_input_grad, hidden, weight, bias, ctx.call)
-            # Contiguous: the gradient of a sum arrives as one number seen through stride 0.
-            e = grad_entropy.contiguous() if ctx.entropy_gradient and grad_entropy is not None else None
-            gradients.fill(hidden, weight, bias, ctx.call, Coefficients(grad_logprobs.contiguous(), e))
-        return gradients.hidden, gradients.of(weight), gradients.of_bias(bias), None, None
-
-
-@dataclass(frozen=True)
-class _HeadGradients:
-    """dh [N, H] in hidden's dtype; dW [V, H] and db [V] in the tile's dtype, summed over tiles. None: not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @staticmethod
-    def zeros(
-        needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
-    ) -> _HeadGradients:
-        def zero(like: Tensor, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-        return _HeadGradients(
-            zero(hidden, hidden.dtype) if needed[0] else None,
-            zero(weight, call.tile_dtype) if needed[1] else None,
-            zero(bias, call.tile_dtype) if bias is not None and needed[2] else None,
-        )
-
-    def of(self, weight: Tensor) -> Tensor | None:
-        return None if self.weight is None else self.weight.to(weight.dtype)
-
-    def of_bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if self.bias is None or bias is None else self.bias.to(bias.dtype)
-
-    def fill(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, given: Coefficients) -> None:
-        weight = call.operand(weight)
-        again = _empty_outputs(hidden, call)
-        for rows, chunk, tile in _tiles(hidden, weight, call):
-            d = call.row_step(tile, bias, call, rows, again, given.of(rows))
-            assert d is not None
-            if self.hidden is not None:
-                _mm_into(d, weight, self.hidden[rows])
-            if self.weight is not None:
-                _add_mm(self.weight, d.t(), chunk)
-            if self.bias is not None:
-                self.bias.add_(d.sum(0, dtype=call.tile_dtype))
-
-
-def _score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, u: Tensor | None = None
-) -> TokenLogprobs:
-    """The forward pass of every path; fills u [N, H] too if given."""
-    hidden, weight = hidden.detach(), call.operand(weight.detach())
-    bias = None if bias is None else bias.detach()
-    out = _empty_outputs(hidden, call)
-    for rows, _, tile in _tiles(hidden, weight, call):
-        d = call.row_step(tile, bias, call, rows, out, None if u is None else Coefficients())
-        if u is not None and d is not None:
-            _mm_into(d, weight, u[rows])
-    return out
-
-
-def _tiles(hidden: Tensor, weight: Tensor, call: HeadCall) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, hidden[rows], raw logits [n, V]) chunk by chunk; all tiles are the same memory."""
-    total, vocabulary = hidden.shape[0], weight.shape[0]
-    height = min(call.rows_per_tile, total)
-    buffer = torch.empty((height, _row_stride(vocabulary)), dtype=call.tile_dtype, device=hidden.device)
-    for start in range(0, total, call.rows_per_tile):
-        rows = slice(start, min(start + call.rows_per_tile, total))
-        chunk = call.operand(hidden[rows])
-        tile = buffer[: chunk.shape[0], :vocabulary]
-        _mm_into(chunk, weight.t(), tile)
-        yield rows, chunk, tile
-
-
-def _mm_into(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a·b, accumulated in float32 at least and rounded once."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda and a.dtype.itemsize == 2 and out.dtype == torch.float32:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
-def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a·b in total's dtype."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-
-
-def _empty_outputs(hidden: Tensor, call: HeadCall) -> TokenLogprobs:
-    def empty() -> Tensor:
-        return torch.empty(hidden.shape[0], dtype=call.tile_dtype, device=hidden.device)
-
-    return TokenLogprobs(empty(), empty() if call.with_entropy else None, empty())
-
-
-def _row_stride(vocabulary: int) -> int:
-    return -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
-# --- the torch twin ------------------------------------------------------------------------------------------------
-
-
-def torch_row_step(
-    tile: Tensor, bias: Tensor | None, call: HeadCall, rows: slice, out: TokenLogprobs, wanted: Coefficients | None
-) -> Tensor | None:
-    """The row step (see `RowStep`) in plain torch. The target is kept out of the sums, so 1 − p_y never cancels."""
-    targets, temperature = call.targets[rows, None], call.temperature_of(rows)
-    inside = (targets >= 0) & (targets < tile.shape[1])
-    column = targets.clamp(0, tile.shape[1] - 1)
-    bounded_slope = _process_logits(tile, bias, call, temperature, with_slope=wanted is not None)
-    peak = tile.amax(1, keepdim=True)
-    tile.sub_(peak)
-    gap = tile.gather(1, column)  # a_y − max a
-    weights = tile.exp()
-    own = gap.exp()
-    weights.scatter_(1, column, 0.0)
-    others = weights.sum(1, keepdim=True)  # Σ_{v≠y} e^(a_v − max a)
-    total = others + own
-    log_total = total.log()
-    logprobs = torch.where(gap == 0, -others.log1p(), gap - log_total)
-    out.logprobs[rows] = logprobs.where(inside, torch.nan)[:, 0]
-    out.lse[rows] = (peak + log_total)[:, 0]
-    entropy = None
-    if out.entropy is not None:
-        tile.clamp_(min=torch.finfo(tile.dtype).min)  # 0·(−inf) of a banned token counts as 0
-        weighted = (weights * tile).sum(1, keepdim=True) + own * gap.clamp(min=torch.finfo(tile.dtype).min)
-        entropy = log_total - weighted / total
-        out.entropy[rows] = entropy[:, 0]
-    if wanted is None:
-        return None
-    scale = call.logit_scale / temperature
-    c = (torch.ones_like(own) if wanted.logprobs is None else wanted.logprobs[:, None]).where(inside, torch.nan) * scale
-    d = weights.div_(-total)  # −p_v, and 0 at the target
-    at_target = c * others / total
-    if wanted.entropy is None or entropy is None:
-        d.mul_(c)
-    else:
-        e = wanted.entropy[:, None] * scale
-        d.mul_(tile.sub_(log_total - entropy).mul_(e).add_(c))
-        at_target = at_target - e * own / total * (logprobs + entropy)
-    d.scatter_(1, column, at_target)
-    if bounded_slope is not None:
-        d.mul_(bounded_slope)
-    return d.to(call.operand_dtype)
-
-
-def _process_logits(
-    tile: Tensor, bias: Tensor | None, call: HeadCall, temperature: float | Tensor, *, with_slope: bool
-) -> Tensor | None:
-    """Raw logits to a, in place; returns 1 − tanh² [n, V] where there is a softcap and a slope is wanted."""
-    slope = None
-    if bias is not None:
-        tile.add_(bias)
-    if call.logit_scale != 1.0:
-        tile.mul_(call.logit_scale)
-    if call.softcap is not None:
-        tile.div_(call.softcap).tanh_()
-        slope = 1 - tile.square() if with_slope else None
-        tile.mul_(call.softcap)
-    tile.div_(temperature)
-    return slope
-
-
-def _row_step(name: str) -> RowStep:
+def _steps(name: str) -> Steps:
     if name == "torch":
-        return torch_row_step
-    from grpo.kernels.logprobs_triton import triton_row_step
+        from grpo.kernels import logprobs_torch
 
-    return triton_row_step
+        return logprobs_torch
+    from grpo.kernels import logprobs_triton
+
+    return logprobs_triton
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
             "triton was imported before TRITON_INTERPRET=1 (set it at the top of tests/conftest.py)"
         )
 
-from grpo.kernels import TokenLogprobs, token_logprobs
+from grpo.kernels import TokenLogprobs, logprobs, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,12 @@ class Twin:
     backend: str
     device: str
 
-    def __call__(self, hidden, weight, targets, **settings) -> TokenLogprobs:
-        return token_logprobs(hidden, weight, targets, backend=self.backend, **settings)
+    def __call__(self, hidden, weight, targets, *, tile=None, **settings) -> TokenLogprobs:
+        """`tile`: rows and columns of the tiles of logits, instead of what `tile_shape` would choose."""
+        with pytest.MonkeyPatch.context() as patch:
+            if tile is not None:
+                patch.setattr(logprobs, "tile_shape", lambda *_: tile)
+            return token_logprobs(hidden, weight, targets, backend=self.backend, **settings)
 
     def case(self, n, h, v, dtype=torch.float32, spread=1.0, requires_grad=True):
         """Random (hidden [n, h], weight [v, h], targets [n]); logits have standard deviation about 3·spread."""
@@ -58,8 +62,3 @@ def twin(request) -> Twin:
     if (backend, device) == ("triton", "cpu") and torch.cuda.is_available():
         pytest.skip("Triton is compiled, not interpreted, in a process with a CUDA device")
     return Twin(backend, device)
-
-
-def chunk_mb(rows, vocabulary):
-    """The `chunk_mb` that makes tiles of exactly `rows` rows (below 128; multiples of 128 above)."""
-    return rows * 4 * (-(-vocabulary // 64) * 64) / 2**20

@@ -5,9 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grpo.kernels import resolve_backend, token_logprobs
-from grpo.kernels.logprobs import rows_per_tile
-from tests.kernels.conftest import chunk_mb
+from grpo.kernels import resolve_backend, scratch_bytes, tile_shape, token_logprobs
+from tests.kernels.conftest import Twin
 from tests.kernels.oracle import oracle
 from tests.tolerances import HIDDEN_GRADIENT, LOGPROBS, relative_error
 
@@ -55,10 +54,10 @@ def gradients(out, coefficients, *inputs):
 def test_oracle(twin, v, h):
     if (v, h) == (32000, 8):
         pytest.skip("a float32 BLAS product of 32,000 terms and 8 columns is itself off by 1.5e-5")
-    chunk = 7
+    tile = (7, 256 if v < 32000 else 8192)
     for n in (1, 6, 7, 8) if (v < 32000 and h == 64) else (8,):
         hidden, weight, targets = twin.case(n, h, v)
-        got = twin(hidden, weight, targets, return_entropy=True, chunk_mb=chunk_mb(chunk, v))
+        got = twin(hidden, weight, targets, return_entropy=True, tile=tile)
         wanted = oracle(hidden, weight, targets)
         assert_logprobs(got, wanted)
         c = twin.random(n)
@@ -78,7 +77,7 @@ def test_settings(twin, name, path):
         weight.requires_grad_()
         settings |= {} if bias is None else {"bias": bias.requires_grad_()}
     with torch.set_grad_enabled(path != "forward"):
-        got = twin(hidden, weight, targets, return_entropy=True, chunk_mb=chunk_mb(4, v), **settings)
+        got = twin(hidden, weight, targets, return_entropy=True, tile=(4, 64), **settings)
         wanted = oracle(hidden, weight, targets, **settings)
     assert_logprobs(got, wanted)
     assert got.logprobs.requires_grad == (path != "forward")
@@ -99,7 +98,7 @@ def test_entropy_gradient(twin, name, head_trains):
     if head_trains:
         inputs += [weight.requires_grad_()]
         inputs += [settings["bias"].requires_grad_()] if "bias" in settings else []
-    got = twin(hidden, weight, targets, return_entropy="grad", chunk_mb=chunk_mb(4, v), **settings)
+    got = twin(hidden, weight, targets, return_entropy="grad", tile=(4, 64), **settings)
     wanted = oracle(hidden, weight, targets, **settings)
     for weight_of_logp in (0.0, 1.0):
         c, e = twin.random(n) * weight_of_logp, twin.random(2, n)[1]
@@ -123,7 +122,7 @@ def float64_case(n=6, h=5, v=70, **changes):
         "temperature": torch.rand(n, dtype=torch.float64) + 0.5,
         "softcap": 3.0,
         "logit_scale": 1.3,
-        "chunk_mb": 2 * chunk_mb(4, v),
+        "tile": (4, 32),
     } | changes
     return hidden, weight, torch.randint(0, v, (n,)), settings
 
@@ -131,8 +130,8 @@ def float64_case(n=6, h=5, v=70, **changes):
 @pytest.mark.parametrize("c", [[0.7, -1.2, 0.0, 3.0, -0.1, 1.0], [0.0] * 6])
 def test_u_path_in_float64(c):
     hidden, weight, targets, settings = float64_case()
-    got = token_logprobs(hidden, weight, targets, return_entropy=True, **settings)
-    del settings["chunk_mb"]
+    got = Twin("torch", "cpu")(hidden, weight, targets, return_entropy=True, **settings)
+    del settings["tile"]
     wanted = oracle(hidden, weight, targets, **settings)
     for a, b in zip(got, wanted, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
@@ -142,12 +141,12 @@ def test_u_path_in_float64(c):
 
 @pytest.mark.parametrize("entropy", [False, "grad"])
 def test_gradcheck_of_the_recompute_path(entropy):
-    hidden, weight, targets, settings = float64_case(n=3, h=2, v=5, chunk_mb=2 * chunk_mb(2, 5))
+    hidden, weight, targets, settings = float64_case(n=3, h=2, v=5, tile=(2, 3))
     bias = settings.pop("bias").requires_grad_()
     weight.requires_grad_()
 
     def function(hidden, weight, bias):
-        out = token_logprobs(hidden, weight, targets, bias=bias, return_entropy=entropy, **settings)
+        out = Twin("torch", "cpu")(hidden, weight, targets, bias=bias, return_entropy=entropy, **settings)
         return (out.logprobs, out.entropy) if entropy else out.logprobs
 
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
@@ -199,7 +198,7 @@ def test_confident_tokens_keep_their_digits(twin):
     got = twin(hidden, weight, targets)
     others = 39 * torch.exp(-margins.double()).to(twin.device)
     exact = -torch.log1p(others)
-    assert ((got.logprobs - exact) / exact).abs().max() < 1e-6
+    assert ((got.logprobs - exact) / exact).abs().max() < 3e-6
     diagonal = torch.autograd.grad(got.logprobs.sum(), hidden)[0].diagonal()  # (1 − p_y)·margin
     exact = others / (1 + others) * margins.to(twin.device)
     assert ((diagonal - exact) / exact).abs().max() < 1e-5
@@ -226,23 +225,38 @@ def test_banned_tokens(twin, banned):
 # --- 4. chunks and paths ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 11, 12, 13, 128])
-def test_any_chunk_gives_the_same_numbers(twin, rows):
+@pytest.mark.parametrize("rows", [1, 5, 11, 12, 13, 128])
+@pytest.mark.parametrize("columns", [64, 128, 256, 257, 512])
+def test_any_tile_gives_the_same_numbers(twin, rows, columns):
     n, h, v = 12, 32, 257
     hidden, weight, targets = twin.case(n, h, v)
     one = twin(hidden, weight, targets, return_entropy=True)
-    many = twin(hidden, weight, targets, return_entropy=True, chunk_mb=chunk_mb(rows, v))
+    many = twin(hidden, weight, targets, return_entropy=True, tile=(rows, columns))
     for a, b in zip(one, many, strict=True):
         assert ((a - b).abs() <= LOGPROBS["float32"] * (1 + b.abs())).all()
     c = twin.random(n)
     assert relative_error(gradients(many, c, hidden)[0], gradients(one, c, hidden)[0]) < HIDDEN_GRADIENT["float32"]
 
 
+@pytest.mark.parametrize("step", [-30.0, -1.0, 0.5, 3.0, 30.0, 2000.0])
+@pytest.mark.parametrize("target", [0, 70, 299])
+def test_a_maximum_that_moves_from_tile_to_tile(twin, step, target):
+    """Logits that rise or fall by `step` from each tile to the next: sums and their rescaling stay right."""
+    hidden, weight, _ = twin.case(5, 16, 300)
+    settings = {"bias": step * (torch.arange(300, device=twin.device) // 64)}
+    targets = torch.full((5,), target, device=twin.device)
+    got = twin(hidden, weight, targets, return_entropy=True, tile=(3, 64), **settings)
+    wanted = oracle(hidden, weight, targets, **settings)
+    assert_logprobs(got, wanted)
+    c = twin.random(5)
+    assert relative_error(gradients(got, c, hidden)[0], gradients(wanted, c, hidden)[0]) < HIDDEN_GRADIENT["float32"]
+
+
 def test_shuffled_rows(twin):
     hidden, weight, targets = twin.case(13, 32, 300, requires_grad=False)
     order = torch.randperm(13, generator=torch.Generator().manual_seed(0)).to(twin.device)
-    straight = twin(hidden, weight, targets, chunk_mb=chunk_mb(5, 300)).logprobs
-    shuffled = twin(hidden[order], weight, targets[order], chunk_mb=chunk_mb(5, 300)).logprobs
+    straight = twin(hidden, weight, targets, tile=(5, 64)).logprobs
+    shuffled = twin(hidden[order], weight, targets[order], tile=(5, 64)).logprobs
     assert ((straight[order] - shuffled).abs() <= LOGPROBS["float32"] * (1 + straight[order].abs())).all()
 
 
@@ -250,7 +264,7 @@ def test_shuffled_rows(twin):
 def test_all_paths_give_the_same_bits(twin, dtype):
     """Old, reference and policy log-probs of one chunking are equal bit for bit, so the first ratio is exactly 1."""
     hidden, weight, targets = twin.case(13, 32, 300, dtype)
-    settings = settings_of(twin, "all", 13, 300, dtype) | {"chunk_mb": chunk_mb(5, 300)}
+    settings = settings_of(twin, "all", 13, 300, dtype) | {"tile": (5, 64)}
     with torch.no_grad():
         old = twin(hidden, weight, targets, **settings)
     policy = twin(hidden, weight, targets, **settings)
@@ -265,18 +279,23 @@ def test_all_paths_give_the_same_bits(twin, dtype):
 
 
 @pytest.mark.parametrize("v", [1, 64, 1000, 128_256, 151_936])
-@pytest.mark.parametrize("mib", [0.001, 1, 100, 512, 2048])
-def test_rows_per_tile_stay_within_the_limit(v, mib):
-    rows = rows_per_tile(v, mib)
-    stride = -(-v // 64) * 64
-    assert rows == 1 or rows * stride * 4 <= mib * 2**20
+@pytest.mark.parametrize("h", [1, 64, 2048, 4096, 16_384])
+@pytest.mark.parametrize("mib", [0.001, 0.5, 4, 16, 64, 512])
+def test_tile_shape_keeps_within_the_limit(v, h, mib):
+    rows, columns = tile_shape(h, v, mib)
+    assert rows == 1 or 4 * rows * (columns + h) <= mib * 2**20
     assert rows < 128 or rows % 128 == 0
-    assert (rows + 128) * stride * 4 > mib * 2**20
+    assert 1 <= rows <= 4096 and 64 <= columns <= 8192 and columns % 64 == 0
+    assert columns >= min(1024, -(-v // 64) * 64)
+    wider_rows, wider_columns = tile_shape(h, v, 2 * mib)
+    assert wider_rows * wider_columns >= rows * columns
 
 
-def test_the_designs_chunk_sizes():
-    assert rows_per_tile(128_256, 512) == 1024
-    assert rows_per_tile(151_936, 512) == 768
+def test_tile_shapes_of_known_models():
+    assert tile_shape(4096, 128_256, 512) == (1024, 8192)
+    assert tile_shape(2048, 151_936, 512) == (2048, 4096)
+    assert tile_shape(4096, 128_256, 16) == (768, 1024)
+    assert scratch_bytes(4096, 128_256) == 1024 * (4 * 8192 + 6 * 4096 + 16)
 
 
 # --- 5. any loss on log-probs ----------------------------------------------------------------------------------------
@@ -297,7 +316,7 @@ LOSSES = {
 def test_any_loss_against_autograd_over_full_logits(twin, name, head_trains):
     hidden, weight, targets = twin.case(12, 32, 300)
     inputs = (hidden, weight.requires_grad_()) if head_trains else (hidden,)
-    got, wanted = twin(hidden, weight, targets, chunk_mb=chunk_mb(5, 300)), oracle(hidden, weight, targets)
+    got, wanted = twin(hidden, weight, targets, tile=(5, 64)), oracle(hidden, weight, targets)
     old = wanted.logprobs.detach() + OLD_SHIFT.to(twin.device)
     mine = torch.autograd.grad(LOSSES[name](got.logprobs, old), inputs)
     theirs = torch.autograd.grad(LOSSES[name](wanted.logprobs, old), inputs)
@@ -340,10 +359,10 @@ def test_no_grad_and_frozen_head_allocate_only_what_they_need(twin):
     n, h, v = 12, 33, 300
     hidden, weight, targets = twin.case(n, h, v)
     with torch.no_grad(), Allocations() as forward_only:
-        twin(hidden, weight, targets, chunk_mb=chunk_mb(5, v))
+        twin(hidden, weight, targets, tile=(5, 64))
     assert (n, h) not in forward_only.shapes
     with Allocations() as frozen:
-        twin(hidden, weight, targets, chunk_mb=chunk_mb(5, v)).logprobs.sum().backward()
+        twin(hidden, weight, targets, tile=(5, 64)).logprobs.sum().backward()
     assert frozen.shapes.count((n, h)) >= 1  # the recorder sees u
     assert (v, h) not in frozen.shapes  # no gradient of the head
     assert all(shape[:1] != (n,) or v not in shape for shape in frozen.shapes)  # no [N, V]
@@ -391,16 +410,16 @@ def test_inputs_are_left_alone(twin):
 def test_a_target_outside_the_vocabulary_is_nan_in_its_row_alone(twin, bad, head_trains):
     hidden, weight, targets = twin.case(6, 16, 50)
     weight.requires_grad_(head_trains)
-    good = twin(hidden, weight, targets).logprobs
+    good = twin(hidden, weight, targets, return_entropy=True, tile=(4, 16))
     targets[2] = bad
-    out = twin(hidden, weight, targets, return_entropy=True)
+    out = twin(hidden, weight, targets, return_entropy=True, tile=(4, 16))
     keep = torch.tensor([0, 1, 3, 4, 5], device=twin.device)
     assert out.logprobs[2].isnan()
-    assert torch.equal(out.logprobs[keep], good[keep])
-    assert out.lse.isfinite().all()
+    assert torch.equal(out.logprobs[keep], good.logprobs[keep])
+    assert torch.allclose(out.lse, good.lse, rtol=1e-6) and torch.allclose(out.entropy, good.entropy, rtol=1e-5)
     gradient = torch.autograd.grad(out.logprobs.sum(), hidden)[0]
     assert gradient[2].isnan().all()
-    wanted = torch.autograd.grad(good[keep].sum(), hidden)[0]
+    wanted = torch.autograd.grad(good.logprobs[keep].sum(), hidden)[0]
     assert relative_error(gradient[keep], wanted[keep]) < HIDDEN_GRADIENT["float32"]
 
 
@@ -478,7 +497,7 @@ def test_bfloat16(twin, name, path):
     settings = settings_of(twin, name, n, v, BFLOAT16)
     weight.requires_grad_(path == "recompute")
     with torch.set_grad_enabled(path != "forward"):
-        got = twin(hidden, weight, targets, return_entropy=True, chunk_mb=chunk_mb(5, v), **settings)
+        got = twin(hidden, weight, targets, return_entropy=True, tile=(5, 64), **settings)
         wanted = oracle(hidden, weight, targets, **settings)
     assert got.logprobs.dtype == FLOAT32
     assert_logprobs(got, wanted, LOGPROBS["bfloat16" if twin.device == "cuda" else "float32"])
@@ -542,7 +561,7 @@ def test_autocast_means_16_bit_operands_and_float32_logits(twin, head_trains):
     inputs = [hidden] + ([weight.requires_grad_(), bias.requires_grad_()] if head_trains else [])
     c = twin.random(n)
     with torch.autocast(twin.device, dtype=BFLOAT16):
-        got = twin(hidden, weight, targets, bias=bias, return_entropy=True, chunk_mb=chunk_mb(5, v))
+        got = twin(hidden, weight, targets, bias=bias, return_entropy=True, tile=(5, 64))
         mine = gradients(got, c, *inputs)
     wanted = oracle(hidden.to(BFLOAT16), weight.to(BFLOAT16), targets, bias=bias)
     assert_logprobs(got, wanted, LOGPROBS["bfloat16"])

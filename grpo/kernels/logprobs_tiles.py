@@ -1,0 +1,349 @@
+"""The loops of token log-probs: rows in chunks, the vocabulary in tiles, and what autograd sees of it.
+
+Mathematics and contract: logprobs.py. The elementwise work on a tile is a twin's (`Steps`); the GEMMs are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+MIB = 2**20
+TILE_ELEMENTS = 8 * MIB  # n·w: 32 MiB of float32 logits stay in the 50 MiB L2 of an H100
+SUM_ELEMENTS = 4 * MIB  # n·H: fills the GPU with one wave of output tiles in the product with W
+MAX_COLUMNS = 8192  # w: a row of a tile is one block of the Triton steps
+MIN_COLUMNS = 1024
+ROW_RANGE = (512, 4096)  # n
+
+
+class TokenLogprobs(NamedTuple):
+    """All float32 [N] (float64 for float64 inputs); `entropy` is None unless asked for. Nats."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """c = ∂L/∂logp and e = ∂L/∂entropy (None: 0), each [N], contiguous, in the tile's dtype."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """One call's settings: all but hidden, weight and bias, which autograd has to see."""
+
+    targets: Tensor  # [N] int64
+    temperature: float | Tensor  # Tensor: [N] in tile_dtype
+    softcap: float | None
+    logit_scale: float
+    with_entropy: bool
+    vocabulary: int  # V
+    tile: tuple[int, int]  # rows n, columns w
+    dtype: torch.dtype  # of hidden and weight as the GEMM is meant to see them: the autocast dtype inside autocast
+    operand_dtype: torch.dtype  # as it really sees them: 16-bit operands with a float32 result exist on CUDA alone
+    tile_dtype: torch.dtype
+    steps: Steps
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """What the GEMMs read: `dtype`'s values, stored as `operand_dtype`."""
+        return tensor.to(self.dtype).to(self.operand_dtype)
+
+    def temperature_of(self, rows: slice) -> float | Tensor:
+        """A number, or [n, 1]."""
+        return self.temperature[rows, None] if isinstance(self.temperature, Tensor) else self.temperature
+
+
+@dataclass(frozen=True)
+class Running:
+    """Statistics of a chunk's rows over the vocabulary tiles seen so far, each [n], updated in place."""
+
+    peak: Tensor  # r: the largest a, or (Triton) a little less
+    others: Tensor  # q = Σ_{v≠y} e^(a_v − r)
+    weighted: Tensor  # Σ_{v≠y} e^(a_v − r)·(a_v − r), if the entropy is wanted
+    target_logit: Tensor  # a_y; −inf until its tile comes
+
+    @staticmethod
+    def start(storage: Tensor) -> Running:
+        """From [4, n] in the tile's dtype."""
+        storage.zero_()
+        # Finite: in a tile of banned tokens −inf − (−inf) would be NaN.
+        storage[0] = torch.finfo(storage.dtype).min
+        storage[3] = -torch.inf
+        return Running(*storage.unbind())
+
+
+class Steps(Protocol):
+    """What a twin has to bring; tiles are raw logits h·W [n, w] of columns first … first + w and may be overwritten."""
+
+    def fold(
+        self,
+        tile: Tensor,
+        first: int,
+        bias: Tensor | None,
+        call: HeadCall,
+        rows: slice,
+        running: Running,
+        summed: Tensor | None,
+    ) -> Tensor | None:
+        """Bring `running` up to date. With `summed` [n, H] = Σ_v j_v·E_v·W_v so far (undefined before the first tile):
+        rescale it where r rises and return this tile's j·E [n, w] in operand_dtype, j without the factor k/T."""
+
+    def finish(
+        self,
+        call: HeadCall,
+        rows: slice,
+        running: Running,
+        out: TokenLogprobs,
+        parts: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """Write out[rows]; with `parts` = (summed [n, H], W_y [n, H], u[rows]) also u."""
+
+    def gradient(
+        self,
+        tile: Tensor,
+        first: int,
+        bias: Tensor | None,
+        call: HeadCall,
+        rows: slice,
+        out: TokenLogprobs,
+        given: Coefficients,
+    ) -> Tensor:
+        """D = ∂(Σ c·logp + e·entropy)/∂(h·W) [n, w] in operand_dtype, from the finished statistics in `out`."""
+
+
+def tile_shape(hidden_size: int, vocabulary: int, chunk_mb: float, itemsize: int = 4) -> tuple[int, int]:
+    """Rows n and columns w of the tile of logits, so that n·(w + H) elements take at most `chunk_mb` MiB.
+
+    Within that limit: n·H about 4M (the product with W fills a GPU), n·w at most 8M (the tile stays in L2). Under a
+    tighter limit first w shrinks to 1024, then n, in steps of 128 as long as that leaves any, to 1 at last, which is
+    used even where it does not fit.
+
+    Raises:
+        ValueError: chunk_mb is not a positive number.
+    """
+    if not chunk_mb > 0:
+        raise ValueError(f"chunk_mb: {chunk_mb} (want a positive number of MiB)")
+    limit = int(chunk_mb * MIB // itemsize)
+    rows = min(max(_down(SUM_ELEMENTS // max(hidden_size, 1), 128), ROW_RANGE[0]), ROW_RANGE[1])
+    width = -(-vocabulary // 64) * 64
+    columns = min(TILE_ELEMENTS // rows, MAX_COLUMNS, width)
+    if rows * (columns + hidden_size) > limit:
+        columns = min(max(_down(limit // rows - hidden_size, 64), MIN_COLUMNS), columns)
+        fitting = min(limit // (columns + hidden_size), rows)
+        rows = _down(fitting, 128) or max(fitting, 1)
+    return rows, columns
+
+
+def scratch_bytes(hidden_size: int, vocabulary: int, chunk_mb: float = 512) -> int:
+    """Bytes a frozen-head call with 16-bit operands allocates beside its [N] and [N, H] results: tile, sum, W_y."""
+    rows, columns = tile_shape(hidden_size, vocabulary, chunk_mb)
+    return rows * (4 * columns + 6 * hidden_size + 16)
+
+
+def _down(value: int, step: int) -> int:
+    return value // step * step
+
+
+def token_logprobs_on_path(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, *, entropy_gradient: bool
+) -> TokenLogprobs:
+    """One call on the path that follows from what requires grad; autocast's casts happen inside."""
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not (torch.is_grad_enabled() and (head_trains or hidden.requires_grad)):
+            return _score(hidden, weight, bias, call)
+        if call.dtype == torch.float16:
+            raise ValueError("hidden: float16 gradients underflow without loss scaling (want bfloat16 or float32)")
+        if head_trains or entropy_gradient:
+            return TokenLogprobs(*_Recompute.apply(hidden, weight, bias, call, entropy_gradient))
+        return TokenLogprobs(*_KeepU.apply(hidden, weight, bias, call))
+
+
+class _KeepU(torch.autograd.Function):
+    """Frozen head: forward leaves u = ∂logp/∂h, which backward turns into the gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall) -> Any:
+        u = torch.empty(hidden.shape, dtype=call.dtype, device=hidden.device)
+        out = _score(hidden, weight, bias, call, u)
+        # Not save_for_backward: u belongs to this function alone and is overwritten.
+        ctx.u, ctx.hidden_dtype = u, hidden.dtype
+        ctx.mark_non_differentiable(*(x for x in (out.entropy, out.lse) if x is not None))
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, *_: Any) -> Any:
+        u, ctx.u = ctx.u, None
+        if u is None:
+            raise RuntimeError("token_logprobs: second backward; with a frozen head the first one consumed its state")
+        return u.mul_(grad_logprobs[:, None]).to(ctx.hidden_dtype), None, None, None
+
+
+class _Recompute(torch.autograd.Function):
+    """Trainable head or entropy gradient: backward rebuilds each tile and knows ∂L/∂logp and ∂L/∂entropy there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, entropy_gradient: bool
+    ) -> Any:
+        out = _score(hidden, weight, bias, call)
+        ctx.save_for_backward(hidden, weight, bias, *out)
+        ctx.call, ctx.entropy_gradient = call, entropy_gradient
+        constants = (out.lse,) if entropy_gradient else (out.entropy, out.lse)
+        ctx.mark_non_differentiable(*(x for x in constants if x is not None))
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None, _: Any) -> Any:
+        hidden, weight, bias, *out = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = _HeadGradients.zeros(ctx.needs_input_grad, hidden, weight, bias, ctx.call)
+            # Contiguous: the gradient of a sum arrives as one number seen through stride 0.
+            e = grad_entropy.contiguous() if ctx.entropy_gradient and grad_entropy is not None else None
+            given = Coefficients(grad_logprobs.contiguous(), e)
+            gradients.fill(hidden, weight, bias, ctx.call, TokenLogprobs(*out), given)
+        return gradients.hidden, gradients.of(weight), gradients.of_bias(bias), None, None
+
+
+@dataclass(frozen=True)
+class _HeadGradients:
+    """dh [N, H] in hidden's dtype; dW [V, H] and db [V] in the tile's dtype, summed over tiles. None: not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def zeros(
+        needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall
+    ) -> _HeadGradients:
+        def zero(like: Tensor, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+        return _HeadGradients(
+            zero(hidden, hidden.dtype) if needed[0] else None,
+            zero(weight, call.tile_dtype) if needed[1] else None,
+            zero(bias, call.tile_dtype) if bias is not None and needed[2] else None,
+        )
+
+    def of(self, weight: Tensor) -> Tensor | None:
+        return None if self.weight is None else self.weight.to(weight.dtype)
+
+    def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        return None if self.bias is None or bias is None else self.bias.to(bias.dtype)
+
+    def fill(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: HeadCall,
+        out: TokenLogprobs,
+        given: Coefficients,
+    ) -> None:
+        scratch = Scratch.allocate(hidden, call, with_sum=self.hidden is not None)
+        for rows in _slices(hidden.shape[0], call.tile[0]):
+            chunk = call.operand(hidden[rows])
+            summed = scratch.sum_of(rows)
+            for columns in _slices(weight.shape[0], call.tile[1]):
+                part = call.operand(weight[columns])
+                tile = scratch.logits(chunk, part)
+                d = call.steps.gradient(tile, columns.start, bias, call, rows, out, given)
+                if summed is not None:
+                    _accumulate(summed, d, part, first=columns.start == 0)
+                if self.weight is not None:
+                    _accumulate(self.weight[columns], d.t(), chunk, first=rows.start == 0)
+                if self.bias is not None:
+                    self.bias[columns] += d.sum(0, dtype=call.tile_dtype)
+            if self.hidden is not None and summed is not None:
+                self.hidden[rows] = summed
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that every chunk of a call uses again: logits [n, w], Σ_v … W_v [n, H] if wanted, statistics [4, n]."""
+
+    tile: Tensor
+    summed: Tensor | None
+    running: Tensor
+
+    @staticmethod
+    def allocate(hidden: Tensor, call: HeadCall, *, with_sum: bool) -> Scratch:
+        """Uninitialised."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=call.tile_dtype, device=hidden.device)
+
+        rows = min(call.tile[0], hidden.shape[0])
+        summed = empty(rows, hidden.shape[1]) if with_sum else None
+        return Scratch(empty(rows, call.tile[1]), summed, empty(4, rows))
+
+    def logits(self, chunk: Tensor, part: Tensor) -> Tensor:
+        """[n, H], [w, H] → [n, w]: float32 at least, never rounded to 16 bits."""
+        tile = self.tile[: chunk.shape[0], : part.shape[0]]
+        if chunk.dtype == tile.dtype:
+            return torch.mm(chunk, part.t(), out=tile)
+        return torch.mm(chunk, part.t(), out_dtype=tile.dtype, out=tile)
+
+    def sum_of(self, rows: slice) -> Tensor | None:
+        """The part of `summed` that these rows use."""
+        return None if self.summed is None else self.summed[: rows.stop - rows.start]
+
+
+def _score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, u: Tensor | None = None
+) -> TokenLogprobs:
+    """The forward pass of every path; fills u [N, H] too if given."""
+    hidden, weight = hidden.detach(), weight.detach()
+    bias = None if bias is None else bias.detach()
+    out = _empty_outputs(hidden, call)
+    scratch = Scratch.allocate(hidden, call, with_sum=u is not None)
+    for rows in _slices(hidden.shape[0], call.tile[0]):
+        chunk = call.operand(hidden[rows])
+        summed = scratch.sum_of(rows)
+        running = Running.start(scratch.running[:, : chunk.shape[0]])
+        for columns in _slices(weight.shape[0], call.tile[1]):
+            part = call.operand(weight[columns])
+            tile = scratch.logits(chunk, part)
+            e = call.steps.fold(tile, columns.start, bias, call, rows, running, summed)
+            if summed is not None and e is not None:
+                _accumulate(summed, e, part, first=columns.start == 0)
+        if u is None or summed is None:
+            call.steps.finish(call, rows, running, out, None)
+        else:
+            chosen = weight.index_select(0, call.targets[rows].clamp(0, weight.shape[0] - 1))
+            call.steps.finish(call, rows, running, out, (summed, call.operand(chosen), u[rows]))
+    return out
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a·b in total's dtype, or total = a·b for the first."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif first:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def _empty_outputs(hidden: Tensor, call: HeadCall) -> TokenLogprobs:
+    def empty() -> Tensor:
+        return torch.empty(hidden.shape[0], dtype=call.tile_dtype, device=hidden.device)
+
+    return TokenLogprobs(empty(), empty() if call.with_entropy else None, empty())
