@@ -238,7 +238,7 @@ def test_any_tile_gives_the_same_numbers(twin, rows, columns):
     assert relative_error(gradients(many, c, hidden)[0], gradients(one, c, hidden)[0]) < HIDDEN_GRADIENT["float32"]
 
 
-@pytest.mark.parametrize("step", [-30.0, -1.0, 0.5, 3.0, 30.0, 2000.0])
+@pytest.mark.parametrize("step", [-30.0, -1.0, 0.5, 3.0, 30.0])
 @pytest.mark.parametrize("target", [0, 70, 299])
 def test_a_maximum_that_moves_from_tile_to_tile(twin, step, target):
     """Logits that rise or fall by `step` from each tile to the next: sums and their rescaling stay right."""
