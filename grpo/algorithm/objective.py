@@ -81,6 +81,8 @@ def policy_loss(  # noqa: PLR0913 (one argument for each tensor that an objectiv
         loss_mask,
     )
     _require(x, k)
+    if x.logprobs.numel() == 0:
+        return x.logprobs.sum(), {}
     divisors = _divisors(x, totals, max_completion_length, step["group_tokens"])
     kept = _kept(x, k, step["entropy_threshold"], totals)
     denominator = k.denominator or row.denominator

@@ -35,7 +35,8 @@ def cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, knobs: LossKnobs)
 
 def sapo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, knobs: LossKnobs) -> Tensor:
     """A smooth gate for a hard clip."""
-    tau = torch.where(advantages > 0, knobs.sapo_temperature_pos, knobs.sapo_temperature_neg).to(ratio.dtype)
+    tau = torch.full_like(ratio, knobs.sapo_temperature_neg)  # where() of two numbers would round them to float32
+    tau = tau.masked_fill(advantages > 0, knobs.sapo_temperature_pos)
     return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
 
 
