@@ -62,62 +62,48 @@ class HeadCall:
         return self.temperature[rows, None] if isinstance(self.temperature, Tensor) else self.temperature
 
 
+# Rows of `Chunk.running`, over the vocabulary tiles seen so far:
+PEAK = 0  # r: the largest a, or (Triton) a little less
+OTHERS = 1  # q = Σ_{v≠y} e^(a_v − r)
+WEIGHTED = 2  # Σ_{v≠y} e^(a_v − r)·(a_v − r), if the entropy is wanted
+TARGET = 3  # a_y; −inf until its tile comes
+
+
 @dataclass(frozen=True)
-class Running:
-    """Statistics of a chunk's rows over the vocabulary tiles seen so far, each [n], updated in place."""
+class Chunk:
+    """The rows in work and what is known of them so far."""
 
-    peak: Tensor  # r: the largest a, or (Triton) a little less
-    others: Tensor  # q = Σ_{v≠y} e^(a_v − r)
-    weighted: Tensor  # Σ_{v≠y} e^(a_v − r)·(a_v − r), if the entropy is wanted
-    target_logit: Tensor  # a_y; −inf until its tile comes
-
-    @staticmethod
-    def start(storage: Tensor) -> Running:
-        """From [4, n] in the tile's dtype."""
-        storage.zero_()
-        # Finite: in a tile of banned tokens −inf − (−inf) would be NaN.
-        storage[0] = torch.finfo(storage.dtype).min
-        storage[3] = -torch.inf
-        return Running(*storage.unbind())
+    rows: slice  # of [N]
+    hidden: Tensor  # [n, H] in operand_dtype
+    running: Tensor  # [4, n] in tile_dtype
+    summed: Tensor | None  # [n, H] in tile_dtype: Σ_v j_v·E_v·W_v or Σ_v D_v·W_v; undefined before the first tile
 
 
 class Steps(Protocol):
-    """What a twin has to bring; tiles are raw logits h·W [n, w] of columns first … first + w and may be overwritten."""
+    """What a twin has to bring. A tile holds raw logits h·W [n, w] of columns first … first + w and may be overwritten.
+    `product` [n, w] in operand_dtype is what will be multiplied with W; it lies over the tile's own memory."""
 
     def fold(
-        self,
-        tile: Tensor,
-        first: int,
-        bias: Tensor | None,
-        call: HeadCall,
-        rows: slice,
-        running: Running,
-        summed: Tensor | None,
-    ) -> Tensor | None:
-        """Bring `running` up to date. With `summed` [n, H] = Σ_v j_v·E_v·W_v so far (undefined before the first tile):
-        rescale it where r rises and return this tile's j·E [n, w] in operand_dtype, j without the factor k/T."""
-
-    def finish(
-        self,
-        call: HeadCall,
-        rows: slice,
-        running: Running,
-        out: TokenLogprobs,
-        parts: tuple[Tensor, Tensor, Tensor] | None,
+        self, tile: Tensor, product: Tensor | None, first: int, bias: Tensor | None, call: HeadCall, chunk: Chunk
     ) -> None:
-        """Write out[rows]; with `parts` = (summed [n, H], W_y [n, H], u[rows]) also u."""
+        """Bring `chunk.running` up to date. With `product`, rescale `chunk.summed` where r rises and write j·E there, j
+        without the factor k/T."""
+
+    def finish(self, call: HeadCall, chunk: Chunk, out: TokenLogprobs, chosen: Tensor | None, u: Tensor | None) -> None:
+        """Write out[rows]; with `chosen` = W_y [n, H] also u[rows]."""
 
     def gradient(
         self,
         tile: Tensor,
+        product: Tensor,
         first: int,
         bias: Tensor | None,
         call: HeadCall,
-        rows: slice,
+        chunk: Chunk,
         out: TokenLogprobs,
         given: Coefficients,
-    ) -> Tensor:
-        """D = ∂(Σ c·logp + e·entropy)/∂(h·W) [n, w] in operand_dtype, from the finished statistics in `out`."""
+    ) -> None:
+        """Write D = ∂(Σ c·logp + e·entropy)/∂(h·W) to `product`, from the finished statistics in `out`."""
 
 
 def tile_shape(hidden_size: int, vocabulary: int, chunk_mb: float, itemsize: int = 4) -> tuple[int, int]:
@@ -253,30 +239,34 @@ class _HeadGradients:
         given: Coefficients,
     ) -> None:
         scratch = Scratch.allocate(hidden, call, with_sum=self.hidden is not None)
-        for rows in _slices(hidden.shape[0], call.tile[0]):
-            chunk = call.operand(hidden[rows])
-            summed = scratch.sum_of(rows)
-            for columns in _slices(weight.shape[0], call.tile[1]):
-                part = call.operand(weight[columns])
-                tile = scratch.logits(chunk, part)
-                d = call.steps.gradient(tile, columns.start, bias, call, rows, out, given)
-                if summed is not None:
-                    _accumulate(summed, d, part, first=columns.start == 0)
+        parts = _parts(weight, call)
+        for chunk in scratch.chunks(hidden, call):
+            for first, part in parts:
+                part = call.operand(part)
+                tile, product = scratch.views(len(chunk.hidden), len(part))
+                _logits(chunk.hidden, part, tile)
+                call.steps.gradient(tile, product, first, bias, call, chunk, out, given)
+                columns = slice(first, first + len(part))
+                if chunk.summed is not None:
+                    _accumulate(chunk.summed, product, part, first=first == 0)
                 if self.weight is not None:
-                    _accumulate(self.weight[columns], d.t(), chunk, first=rows.start == 0)
+                    _accumulate(self.weight[columns], product.t(), chunk.hidden, first=chunk.rows.start == 0)
                 if self.bias is not None:
-                    self.bias[columns] += d.sum(0, dtype=call.tile_dtype)
-            if self.hidden is not None and summed is not None:
-                self.hidden[rows] = summed
+                    self.bias[columns] += product.sum(0, dtype=call.tile_dtype)
+            if self.hidden is not None and chunk.summed is not None:
+                self.hidden[chunk.rows] = chunk.summed
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory that every chunk of a call uses again: logits [n, w], Σ_v … W_v [n, H] if wanted, statistics [4, n]."""
+    """Memory that every chunk of a call uses again."""
 
-    tile: Tensor
+    tile: Tensor  # [n, w] in tile_dtype
+    product: Tensor  # [n, w] in operand_dtype, each row starting where the tile's row starts
     summed: Tensor | None
     running: Tensor
+    running_start: Tensor  # [4, 1]
+    cached: dict[tuple[int, int], tuple[Tensor, Tensor]]
 
     @staticmethod
     def allocate(hidden: Tensor, call: HeadCall, *, with_sum: bool) -> Scratch:
@@ -286,19 +276,33 @@ class Scratch:
             return torch.empty(shape, dtype=call.tile_dtype, device=hidden.device)
 
         rows = min(call.tile[0], hidden.shape[0])
-        summed = empty(rows, hidden.shape[1]) if with_sum else None
-        return Scratch(empty(rows, call.tile[1]), summed, empty(4, rows))
+        tile = empty(rows, call.tile[1])
+        # The peak is finite: in a tile of banned tokens −inf − (−inf) would be NaN.
+        start = torch.tensor([[torch.finfo(call.tile_dtype).min], [0.0], [0.0], [-torch.inf]], dtype=call.tile_dtype)
+        return Scratch(
+            tile=tile,
+            product=_over(tile, call.operand_dtype),
+            summed=empty(rows, hidden.shape[1]) if with_sum else None,
+            running=empty(4, rows),
+            running_start=start.to(hidden.device, non_blocking=True),
+            cached={},
+        )
 
-    def logits(self, chunk: Tensor, part: Tensor) -> Tensor:
-        """[n, H], [w, H] → [n, w]: float32 at least, never rounded to 16 bits."""
-        tile = self.tile[: chunk.shape[0], : part.shape[0]]
-        if chunk.dtype == tile.dtype:
-            return torch.mm(chunk, part.t(), out=tile)
-        return torch.mm(chunk, part.t(), out_dtype=tile.dtype, out=tile)
+    def chunks(self, hidden: Tensor, call: HeadCall) -> Iterator[Chunk]:
+        """Chunk after chunk of the rows, statistics reset."""
+        total, size = hidden.shape[0], call.tile[0]
+        for start in range(0, total, size):
+            rows = slice(start, min(start + size, total))
+            count = rows.stop - rows.start
+            running = self.running[:, :count].copy_(self.running_start)
+            yield Chunk(rows, call.operand(hidden[rows]), running, None if self.summed is None else self.summed[:count])
 
-    def sum_of(self, rows: slice) -> Tensor | None:
-        """The part of `summed` that these rows use."""
-        return None if self.summed is None else self.summed[: rows.stop - rows.start]
+    def views(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """Tile and product of this size. Cached: a launch costs little more than such a slice."""
+        key = (rows, width)
+        if key not in self.cached:
+            self.cached[key] = (self.tile[:rows, :width], self.product[:rows, :width])
+        return self.cached[key]
 
 
 def _score(
@@ -309,27 +313,41 @@ def _score(
     bias = None if bias is None else bias.detach()
     out = _empty_outputs(hidden, call)
     scratch = Scratch.allocate(hidden, call, with_sum=u is not None)
-    for rows in _slices(hidden.shape[0], call.tile[0]):
-        chunk = call.operand(hidden[rows])
-        summed = scratch.sum_of(rows)
-        running = Running.start(scratch.running[:, : chunk.shape[0]])
-        for columns in _slices(weight.shape[0], call.tile[1]):
-            part = call.operand(weight[columns])
-            tile = scratch.logits(chunk, part)
-            e = call.steps.fold(tile, columns.start, bias, call, rows, running, summed)
-            if summed is not None and e is not None:
-                _accumulate(summed, e, part, first=columns.start == 0)
-        if u is None or summed is None:
-            call.steps.finish(call, rows, running, out, None)
-        else:
-            chosen = weight.index_select(0, call.targets[rows].clamp(0, weight.shape[0] - 1))
-            call.steps.finish(call, rows, running, out, (summed, call.operand(chosen), u[rows]))
+    parts = _parts(weight, call)
+    for chunk in scratch.chunks(hidden, call):
+        for first, part in parts:
+            part = call.operand(part)
+            tile, product = scratch.views(len(chunk.hidden), len(part))
+            _logits(chunk.hidden, part, tile)
+            call.steps.fold(tile, product if u is not None else None, first, bias, call, chunk)
+            if chunk.summed is not None:
+                _accumulate(chunk.summed, product, part, first=first == 0)
+        chosen = None
+        if u is not None:
+            chosen = weight.index_select(0, call.targets[chunk.rows].clamp(0, len(weight) - 1))
+            chosen = call.operand(chosen)
+        call.steps.finish(call, chunk, out, chosen, u)
     return out
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def _parts(weight: Tensor, call: HeadCall) -> list[tuple[int, Tensor]]:
+    """(first column, W[first : first + w]) of every vocabulary tile."""
+    return [(first, weight[first : first + call.tile[1]]) for first in range(0, len(weight), call.tile[1])]
+
+
+def _over(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, w] of `dtype` in the tile's own memory, each row starting where the tile's row starts."""
+    ratio = tile.dtype.itemsize // dtype.itemsize
+    storage = torch.empty(0, dtype=dtype, device=tile.device).set_(tile.untyped_storage())
+    return storage.as_strided(tile.shape, (tile.stride(0) * ratio, 1))
+
+
+def _logits(hidden: Tensor, part: Tensor, tile: Tensor) -> None:
+    """h·Wᵀ in the tile's dtype, never rounded to 16 bits."""
+    if hidden.dtype == tile.dtype:
+        torch.mm(hidden, part.t(), out=tile)
+    else:
+        torch.mm(hidden, part.t(), out_dtype=tile.dtype, out=tile)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

@@ -5,75 +5,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo.kernels.logprobs_tiles import Coefficients, HeadCall, Running, TokenLogprobs
+from grpo.kernels.logprobs_tiles import OTHERS, PEAK, TARGET, WEIGHTED, Chunk, Coefficients, HeadCall, TokenLogprobs
 
 
-def fold(
-    tile: Tensor,
-    first: int,
-    bias: Tensor | None,
-    call: HeadCall,
-    rows: slice,
-    running: Running,
-    summed: Tensor | None,
-) -> Tensor | None:
+def fold(tile: Tensor, product: Tensor | None, first: int, bias: Tensor | None, call: HeadCall, chunk: Chunk) -> None:
     """See `Steps.fold`."""
-    slope = _process(tile, first, bias, call, rows, with_slope=summed is not None)
-    column, here = _target_column(tile, first, call, rows)
-    running.target_logit.copy_(torch.where(here, tile.gather(1, column), running.target_logit[:, None])[:, 0])
-    peak = torch.maximum(running.peak, tile.amax(1))
-    shrink = torch.exp(running.peak - peak)
+    slope = _process(tile, first, bias, call, chunk.rows, with_slope=product is not None)
+    column, here = _target_column(tile, first, call, chunk.rows)
+    before, others, weighted, target_logit = chunk.running
+    target_logit.copy_(torch.where(here, tile.gather(1, column), target_logit[:, None])[:, 0])
+    peak = torch.maximum(before, tile.amax(1))
+    shrink = torch.exp(before - peak)
     e = tile.sub_(peak[:, None]).exp()
     e.scatter_(1, column, e.gather(1, column).masked_fill(here, 0.0))
     if call.with_entropy:
         # Clamped: 0·(−inf) of a banned token counts as 0.
-        weighted = (e * tile.clamp_(min=torch.finfo(tile.dtype).min)).sum(1)
-        running.weighted.add_((running.peak - peak) * running.others).mul_(shrink).add_(weighted)
-    running.others.mul_(shrink).add_(e.sum(1))
-    running.peak.copy_(peak)
-    if summed is None:
-        return None
-    if first > 0:
-        summed.mul_(shrink[:, None])
-    return (e if slope is None else e.mul_(slope)).to(call.operand_dtype)
+        here_weighted = (e * tile.clamp_(min=torch.finfo(tile.dtype).min)).sum(1)
+        weighted.add_((before - peak) * others).mul_(shrink).add_(here_weighted)
+    others.mul_(shrink).add_(e.sum(1))
+    before.copy_(peak)
+    if product is not None and chunk.summed is not None:
+        if first > 0:
+            chunk.summed.mul_(shrink[:, None])
+        product.copy_(e if slope is None else e.mul_(slope))
 
 
-def finish(
-    call: HeadCall,
-    rows: slice,
-    running: Running,
-    out: TokenLogprobs,
-    parts: tuple[Tensor, Tensor, Tensor] | None,
-) -> None:
+def finish(call: HeadCall, chunk: Chunk, out: TokenLogprobs, chosen: Tensor | None, u: Tensor | None) -> None:
     """See `Steps.finish`."""
-    gap = running.target_logit - running.peak
+    peak, others = chunk.running[PEAK], chunk.running[OTHERS]
+    gap = chunk.running[TARGET] - peak
     own = gap.exp()
-    total = running.others + own
+    total = others + own
     log_total = total.log()
-    logprobs = torch.where(own >= running.others, -torch.log1p(running.others / own), gap - log_total)
-    targets = call.targets[rows]
+    logprobs = torch.where(own >= others, -torch.log1p(others / own), gap - log_total)
+    targets = call.targets[chunk.rows]
     inside = (targets >= 0) & (targets < call.vocabulary)
-    out.logprobs[rows] = logprobs.where(inside, torch.nan)
-    out.lse[rows] = running.peak + log_total
+    out.logprobs[chunk.rows] = logprobs.where(inside, torch.nan)
+    out.lse[chunk.rows] = peak + log_total
     if out.entropy is not None:
-        out.entropy[rows] = log_total - (running.weighted + torch.where(own > 0, own * gap, 0.0)) / total
-    if parts is not None:
-        summed, chosen, u = parts
-        weight_of_chosen = (_slope_at_target(running, call, rows) * running.others / total).where(inside, torch.nan)
-        scale = call.logit_scale / call.temperature_of(rows)
-        u.copy_((weight_of_chosen[:, None] * chosen - summed / total[:, None]) * scale)
+        weighted = chunk.running[WEIGHTED] + torch.where(own > 0, own * gap, 0.0)
+        out.entropy[chunk.rows] = log_total - weighted / total
+    if u is not None and chosen is not None and chunk.summed is not None:
+        of_chosen = (_slope_at_target(call, chunk) * others / total).where(inside, torch.nan)
+        scale = call.logit_scale / call.temperature_of(chunk.rows)
+        u[chunk.rows] = ((of_chosen[:, None] * chosen - chunk.summed / total[:, None]) * scale).to(u.dtype)
 
 
 def gradient(
     tile: Tensor,
+    product: Tensor,
     first: int,
     bias: Tensor | None,
     call: HeadCall,
-    rows: slice,
+    chunk: Chunk,
     out: TokenLogprobs,
     given: Coefficients,
-) -> Tensor:
+) -> None:
     """See `Steps.gradient`."""
+    rows = chunk.rows
     slope = _process(tile, first, bias, call, rows, with_slope=True)
     column, here = _target_column(tile, first, call, rows)
     logprobs = out.logprobs[rows, None]
@@ -89,7 +78,7 @@ def gradient(
         d.mul_(log_p.clamp_(min=torch.finfo(tile.dtype).min).add_(entropy).mul_(-e).sub_(c))
     d.scatter_(1, column, torch.where(here, at_target, d.gather(1, column)))
     d.mul_(call.logit_scale / call.temperature_of(rows))
-    return (d if slope is None else d.mul_(slope)).to(call.operand_dtype)
+    product.copy_(d if slope is None else d.mul_(slope))
 
 
 def _target_column(tile: Tensor, first: int, call: HeadCall, rows: slice) -> tuple[Tensor, Tensor]:
@@ -115,9 +104,9 @@ def _process(
     return slope
 
 
-def _slope_at_target(running: Running, call: HeadCall, rows: slice) -> Tensor | float:
+def _slope_at_target(call: HeadCall, chunk: Chunk) -> Tensor | float:
     """1 − tanh² at the target [n], from its processed logit."""
     if call.softcap is None:
         return 1.0
-    temperature = call.temperature[rows] if isinstance(call.temperature, Tensor) else call.temperature
-    return 1 - (running.target_logit * temperature / call.softcap).square()
+    temperature = call.temperature[chunk.rows] if isinstance(call.temperature, Tensor) else call.temperature
+    return 1 - (chunk.running[TARGET] * temperature / call.softcap).square()

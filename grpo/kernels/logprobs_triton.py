@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.kernels.logprobs_tiles import Coefficients, HeadCall, Running, TokenLogprobs
+from grpo.kernels.logprobs_tiles import Chunk, Coefficients, HeadCall, TokenLogprobs
 
 WIDE_BLOCK = 1024  # columns of [n, H] sums handled at once
 # r follows the running maximum only when that rises by more than this: E ≤ e^4, and sums are hardly ever rescaled.
@@ -52,57 +52,74 @@ def _expm1(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _load_logits(  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    tile_row, bias_ptr, columns, inside, logit_scale, softcap, inverse_temperature,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+    tile_row, bias_ptr, columns, width, logit_scale, softcap, temperature,
+    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """One row of a tile as (a, 1 − tanh²); a is −inf outside it."""
-    z = tl.load(tile_row + columns, mask=inside, other=0.0)
+    inside = columns < width
+    z = tl.load(tile_row + columns) if FULL else tl.load(tile_row + columns, mask=inside, other=float("-inf"))
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    z *= logit_scale
     slope = tl.full(z.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
-        bounded = _tanh(z / softcap)
+        bounded = _tanh(z * (logit_scale / softcap))
         slope = 1 - bounded * bounded
-        z = bounded * softcap
-    return tl.where(inside, z * inverse_temperature, float("-inf")), slope
+        z = bounded * (softcap / temperature)
+    elif HAS_SCALE:
+        z *= logit_scale / temperature
+    if (HAS_SOFTCAP or HAS_SCALE) and not FULL:
+        z = tl.where(inside, z, float("-inf"))
+    return z, slope
 
 
 @triton.jit
+def _local_target(targets_ptr, row, first, width):  # type: ignore[no-untyped-def]
+    """The target's column in this tile, or −1."""
+    target = tl.load(targets_ptr + row) - first
+    return tl.where((target >= 0) & (target < width), target, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["row_start"])
 def _fold_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are compiled away
-    tile_ptr, e_ptr, bias_ptr, targets_ptr, temperature_ptr, summed_ptr,
-    peak_ptr, others_ptr, weighted_ptr, target_logit_ptr,
-    first, width, tile_stride, e_stride, hidden_size, temperature, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, WITH_ENTROPY: tl.constexpr,  # noqa: N803
-    WITH_E: tl.constexpr, RESCALE: tl.constexpr, NARROW_E: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
+    tile_ptr, product_ptr, bias_ptr, targets_ptr, temperature_ptr, running_ptr, summed_ptr,
+    row_start, first, width, tile_stride, product_stride, running_stride, hidden_size,
+    temperature, logit_scale, softcap,
+    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+    ROW_TEMPERATURE: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_PRODUCT: tl.constexpr,  # noqa: N803
+    RESCALE: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    tile_row = tile_ptr + row * tile_stride
-    target = tl.load(targets_ptr + row) - first
+    target = _local_target(targets_ptr, row_start + row, first, width)
     if ROW_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row)
+        temperature = tl.load(temperature_ptr + row_start + row)
     columns = tl.arange(0, BLOCK)
-    inside = columns < width
     a, slope = _load_logits(
-        tile_row, bias_ptr, columns, inside, logit_scale, softcap, 1.0 / temperature, HAS_BIAS, HAS_SOFTCAP
-    )
-    if (target >= 0) & (target < width):
-        tl.store(target_logit_ptr + row, tl.sum(tl.where(columns == target, a, 0.0), 0))
-    before = tl.load(peak_ptr + row)
+        tile_ptr + row * tile_stride, bias_ptr + first, columns, width, logit_scale, softcap, temperature,
+        FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
+    )  # fmt: skip
+    running = running_ptr + row
+    if target >= 0:
+        tl.store(running + 3 * running_stride, tl.sum(tl.where(columns == target, a, 0.0), 0))
+    before = tl.load(running)
     highest = tl.max(a, 0)
     peak = tl.where(highest > before + SLACK, highest, before)
     shrink = tl.exp(before - peak)
     e = tl.where(columns == target, 0.0, tl.exp(a - peak))
-    others = tl.load(others_ptr + row)
+    others = tl.load(running + running_stride)
     if WITH_ENTROPY:
-        weighted = shrink * (tl.load(weighted_ptr + row) + (before - peak) * others)
-        tl.store(weighted_ptr + row, weighted + tl.sum(tl.where(e > 0, e * (a - peak), 0.0), 0))
-    tl.store(others_ptr + row, others * shrink + tl.sum(e, 0))
-    tl.store(peak_ptr + row, peak)
-    if WITH_E:
-        if NARROW_E:
+        weighted = shrink * (tl.load(running + 2 * running_stride) + (before - peak) * others)
+        weighted += tl.sum(tl.where(e > 0, e * (a - peak), 0.0), 0)
+        tl.store(running + 2 * running_stride, weighted)
+    tl.store(running + running_stride, others * shrink + tl.sum(e, 0))
+    tl.store(running, peak)
+    if WITH_PRODUCT:
+        product = (e * slope).to(product_ptr.dtype.element_ty)
+        if NARROW:
             tl.debug_barrier()
-        tl.store(e_ptr + row * e_stride + columns, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
+        if FULL:
+            tl.store(product_ptr + row * product_stride + columns, product)
+        else:
+            tl.store(product_ptr + row * product_stride + columns, product, mask=columns < width)
     if RESCALE:  # noqa: SIM102 a run-time branch inside a compiled-away one
         if peak > before:
             summed_row = summed_ptr + row * hidden_size
@@ -112,33 +129,33 @@ def _fold_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are com
                 tl.store(summed_row + wide, old * shrink, mask=wide < hidden_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start"])
 def _finish_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are compiled away
-    peak_ptr, others_ptr, weighted_ptr, target_logit_ptr, targets_ptr, temperature_ptr, summed_ptr, chosen_ptr,
-    logprobs_ptr, lse_ptr, entropy_ptr, u_ptr,
-    vocabulary, hidden_size, temperature, logit_scale, softcap,
+    running_ptr, targets_ptr, temperature_ptr, summed_ptr, chosen_ptr, logprobs_ptr, lse_ptr, entropy_ptr, u_ptr,
+    row_start, vocabulary, running_stride, hidden_size, temperature, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, WITH_ENTROPY: tl.constexpr,  # noqa: N803
     WITH_U: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
+    place = row_start + row
+    target = tl.load(targets_ptr + place)
     in_vocabulary = (target >= 0) & (target < vocabulary)
-    peak = tl.load(peak_ptr + row)
-    others = tl.load(others_ptr + row)
-    target_logit = tl.load(target_logit_ptr + row)
+    peak = tl.load(running_ptr + row)
+    others = tl.load(running_ptr + running_stride + row)
+    target_logit = tl.load(running_ptr + 3 * running_stride + row)
     gap = target_logit - peak
     own = tl.exp(gap)
     total = others + own
     log_total = tl.log(total)
     logprob = tl.where(own >= others, -_log1p(others / own), gap - log_total)
-    tl.store(logprobs_ptr + row, tl.where(in_vocabulary, logprob, float("nan")))
-    tl.store(lse_ptr + row, peak + log_total)
+    tl.store(logprobs_ptr + place, tl.where(in_vocabulary, logprob, float("nan")))
+    tl.store(lse_ptr + place, peak + log_total)
     if WITH_ENTROPY:
-        weighted = tl.load(weighted_ptr + row) + tl.where(own > 0, own * gap, 0.0)
-        tl.store(entropy_ptr + row, log_total - weighted / total)
+        weighted = tl.load(running_ptr + 2 * running_stride + row) + tl.where(own > 0, own * gap, 0.0)
+        tl.store(entropy_ptr + place, log_total - weighted / total)
     if WITH_U:
         if ROW_TEMPERATURE:
-            temperature = tl.load(temperature_ptr + row)
+            temperature = tl.load(temperature_ptr + place)
         scale = logit_scale / temperature / total
         of_chosen = tl.where(in_vocabulary, others * scale, float("nan"))
         if HAS_SOFTCAP:
@@ -150,130 +167,113 @@ def _finish_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are c
             chosen = tl.load(chosen_ptr + row * hidden_size + wide, mask=inside, other=0.0).to(tl.float32)
             summed = tl.load(summed_ptr + row * hidden_size + wide, mask=inside, other=0.0)
             u = of_chosen * chosen - scale * summed
-            tl.store(u_ptr + row * hidden_size + wide, u.to(u_ptr.dtype.element_ty), mask=inside)
+            tl.store(u_ptr + place * hidden_size + wide, u.to(u_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start"])
 def _gradient_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are compiled away
-    tile_ptr, d_ptr, bias_ptr, targets_ptr, temperature_ptr, logprobs_ptr, lse_ptr, entropy_ptr, c_ptr, e_ptr,
-    first, width, tile_stride, d_stride, temperature, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, HAS_E: tl.constexpr,  # noqa: N803
-    NARROW_D: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    tile_ptr, product_ptr, bias_ptr, targets_ptr, temperature_ptr, logprobs_ptr, lse_ptr, entropy_ptr, c_ptr, e_ptr,
+    row_start, first, width, tile_stride, product_stride, temperature, logit_scale, softcap,
+    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+    ROW_TEMPERATURE: tl.constexpr, HAS_E: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row) - first
+    place = row_start + row
+    target = _local_target(targets_ptr, place, first, width)
     if ROW_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row)
+        temperature = tl.load(temperature_ptr + place)
     columns = tl.arange(0, BLOCK)
-    inside = columns < width
     a, slope = _load_logits(
-        tile_ptr + row * tile_stride, bias_ptr, columns, inside, logit_scale, softcap, 1.0 / temperature,
-        HAS_BIAS, HAS_SOFTCAP,
+        tile_ptr + row * tile_stride, bias_ptr + first, columns, width, logit_scale, softcap, temperature,
+        FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
     )  # fmt: skip
     scale = logit_scale / temperature
-    logprob = tl.load(logprobs_ptr + row)
-    log_p = a - tl.load(lse_ptr + row)
+    logprob = tl.load(logprobs_ptr + place)
+    log_p = a - tl.load(lse_ptr + place)
     p = tl.exp(log_p)
-    c = tl.load(c_ptr + row) * scale
+    c = tl.load(c_ptr + place) * scale
     c = tl.where(logprob != logprob, logprob, c)  # NaN: a target outside the vocabulary
     d = -p * c
     at_target = -c * _expm1(logprob)  # c·(1 − p_y) without cancellation
     if HAS_E:
-        e = tl.load(e_ptr + row) * scale
-        entropy = tl.load(entropy_ptr + row)
+        e = tl.load(e_ptr + place) * scale
+        entropy = tl.load(entropy_ptr + place)
         d -= tl.where(p > 0, p * e * (log_p + entropy), 0.0)
         at_target -= e * tl.exp(logprob) * (logprob + entropy)
-    d = tl.where(columns == target, at_target, d) * slope
-    if NARROW_D:
+    product = (tl.where(columns == target, at_target, d) * slope).to(product_ptr.dtype.element_ty)
+    if NARROW:
         tl.debug_barrier()
-    tl.store(d_ptr + row * d_stride + columns, d.to(d_ptr.dtype.element_ty), mask=inside)
+    tl.store(product_ptr + row * product_stride + columns, product, mask=columns < width)
 
 
-def fold(
-    tile: Tensor,
-    first: int,
-    bias: Tensor | None,
-    call: HeadCall,
-    rows: slice,
-    running: Running,
-    summed: Tensor | None,
-) -> Tensor | None:
-    """See `Steps.fold`; E lies over the tile."""
-    e = over(tile, call.operand_dtype)
-    unused = running.peak  # any pointer: what a flag compiles away is never read
-    rescale = summed is not None and first > 0
+# The launchers pass whole tensors and offsets rather than slices: with a tile every 0.1 ms, slicing would cost as much
+# as launching. Tensors that a flag compiles away are never read; `running` or `lse` stands in for them.
+
+
+def fold(tile: Tensor, product: Tensor | None, first: int, bias: Tensor | None, call: HeadCall, chunk: Chunk) -> None:
+    """See `Steps.fold`."""
+    height, width = tile.shape
+    running = chunk.running
+    summed = running if chunk.summed is None else chunk.summed
+    target_memory = tile if product is None else product
+    block, warps = _block(width)
     with _device_of(tile):
-        _fold_kernel[(tile.shape[0],)](
-            tile, e, unused if bias is None else bias[first:], call.targets[rows], _temperatures(call, rows, unused),
-            unused if summed is None else summed,
-            running.peak, running.others, running.weighted, running.target_logit,
-            first, tile.shape[1], tile.stride(0), e.stride(0), 0 if summed is None else summed.shape[1],
-            *_scalars(call),
-            HAS_BIAS=bias is not None, **_flags(call), WITH_ENTROPY=call.with_entropy,
-            WITH_E=summed is not None, RESCALE=rescale, NARROW_E=_narrow(e, tile), **_block(tile.shape[1]),
-            WIDE=WIDE_BLOCK,
+        _fold_kernel[(height,)](
+            tile, target_memory, running if bias is None else bias, call.targets, _temperatures(call, running),
+            running, summed,
+            chunk.rows.start, first, width, tile.stride(0), target_memory.stride(0), running.stride(0),
+            summed.shape[-1], *_scalars(call),
+            block == width, bias is not None, *_flags(call), call.with_entropy, product is not None,
+            product is not None and first > 0, _narrow(target_memory), block, WIDE_BLOCK,
+            num_warps=warps,
         )  # fmt: skip
-    return None if summed is None else e
 
 
-def finish(
-    call: HeadCall,
-    rows: slice,
-    running: Running,
-    out: TokenLogprobs,
-    parts: tuple[Tensor, Tensor, Tensor] | None,
-) -> None:
+def finish(call: HeadCall, chunk: Chunk, out: TokenLogprobs, chosen: Tensor | None, u: Tensor | None) -> None:
     """See `Steps.finish`."""
-    unused = running.peak
-    summed, chosen, u = parts or (unused, unused, unused)
-    with _device_of(running.peak):
-        _finish_kernel[(running.peak.shape[0],)](
-            running.peak, running.others, running.weighted, running.target_logit,
-            call.targets[rows], _temperatures(call, rows, unused), summed, chosen,
-            out.logprobs[rows], out.lse[rows], unused if out.entropy is None else out.entropy[rows], u,
-            call.vocabulary, summed.shape[-1], *_scalars(call),
-            **_flags(call), WITH_ENTROPY=out.entropy is not None, WITH_U=parts is not None, WIDE=WIDE_BLOCK,
+    running = chunk.running
+    summed = running if chunk.summed is None else chunk.summed
+    _, softcap, row_temperature = _flags(call)
+    with _device_of(running):
+        _finish_kernel[(running.shape[1],)](
+            running, call.targets, _temperatures(call, running), summed, running if chosen is None else chosen,
+            out.logprobs, out.lse, running if out.entropy is None else out.entropy, running if u is None else u,
+            chunk.rows.start, call.vocabulary, running.stride(0), summed.shape[-1], *_scalars(call),
+            softcap, row_temperature, out.entropy is not None, u is not None, WIDE_BLOCK,
         )  # fmt: skip
 
 
 def gradient(
     tile: Tensor,
+    product: Tensor,
     first: int,
     bias: Tensor | None,
     call: HeadCall,
-    rows: slice,
+    chunk: Chunk,
     out: TokenLogprobs,
     given: Coefficients,
-) -> Tensor:
-    """See `Steps.gradient`; D lies over the tile."""
-    d = over(tile, call.operand_dtype)
-    unused = out.lse
-    with_entropy = given.entropy is not None and out.entropy is not None
+) -> None:
+    """See `Steps.gradient`."""
+    height, width = tile.shape
+    lse = out.lse
+    block, warps = _block(width)
     with _device_of(tile):
-        _gradient_kernel[(tile.shape[0],)](
-            tile, d, unused if bias is None else bias[first:], call.targets[rows], _temperatures(call, rows, unused),
-            out.logprobs[rows], out.lse[rows], unused if out.entropy is None else out.entropy[rows],
-            given.logprobs[rows], unused if given.entropy is None else given.entropy[rows],
-            first, tile.shape[1], tile.stride(0), d.stride(0), *_scalars(call),
-            HAS_BIAS=bias is not None, **_flags(call), HAS_E=with_entropy, NARROW_D=_narrow(d, tile),
-            **_block(tile.shape[1]),
+        _gradient_kernel[(height,)](
+            tile, product, lse if bias is None else bias, call.targets, _temperatures(call, lse),
+            out.logprobs, lse, lse if out.entropy is None else out.entropy,
+            given.logprobs, lse if given.entropy is None else given.entropy,
+            chunk.rows.start, first, width, tile.stride(0), product.stride(0), *_scalars(call),
+            block == width, bias is not None, *_flags(call), given.entropy is not None, _narrow(product), block,
+            num_warps=warps,
         )  # fmt: skip
-    return d
 
 
-def over(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, w] of `dtype` in the tile's own memory, each row starting where the tile's row starts."""
-    ratio = tile.dtype.itemsize // dtype.itemsize
-    storage = torch.empty(0, dtype=dtype, device=tile.device).set_(tile.untyped_storage())
-    return storage.as_strided(tile.shape, (tile.stride(0) * ratio, 1), tile.storage_offset() * ratio)
+def _narrow(product: Tensor) -> bool:
+    return product.dtype.itemsize < 4
 
 
-def _narrow(result: Tensor, tile: Tensor) -> bool:
-    return result.dtype.itemsize < tile.dtype.itemsize
-
-
-def _temperatures(call: HeadCall, rows: slice, unused: Tensor) -> Tensor:
-    return call.temperature[rows] if isinstance(call.temperature, Tensor) else unused
+def _temperatures(call: HeadCall, unused: Tensor) -> Tensor:
+    return call.temperature if isinstance(call.temperature, Tensor) else unused
 
 
 def _scalars(call: HeadCall) -> tuple[float, float, float]:
@@ -281,14 +281,20 @@ def _scalars(call: HeadCall) -> tuple[float, float, float]:
     return number, call.logit_scale, call.softcap or 1.0
 
 
-def _flags(call: HeadCall) -> dict[str, bool]:
-    return {"HAS_SOFTCAP": call.softcap is not None, "ROW_TEMPERATURE": isinstance(call.temperature, Tensor)}
+def _flags(call: HeadCall) -> tuple[bool, bool, bool]:
+    """HAS_SCALE, HAS_SOFTCAP, ROW_TEMPERATURE."""
+    row_temperature = isinstance(call.temperature, Tensor)
+    return row_temperature or call.logit_scale != call.temperature, call.softcap is not None, row_temperature
 
 
-def _block(width: int) -> dict[str, int]:
+def _block(width: int) -> tuple[int, int]:
+    """Columns of a program and its warps."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4}
+    return block, 16 if block > 8192 else 8 if block > 2048 else 4
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    """A launch goes to the current device; changing it costs nothing when it is the right one already."""
+    if not tensor.is_cuda or torch.cuda.current_device() == tensor.device.index:
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo.kernels import logprobs_torch, scratch_bytes, token_logprobs
-from grpo.kernels.logprobs_tiles import Coefficients, HeadCall, Running, TokenLogprobs
+from grpo.kernels.logprobs_tiles import Coefficients, HeadCall, Scratch, TokenLogprobs
 from tests.kernels.conftest import Twin
 from tests.tolerances import HIDDEN_GRADIENT, relative_error
 
@@ -31,15 +31,28 @@ class Step:
         self.given = Coefficients(torch.randn(n, device=device), torch.randn(n, device=device))
         self.out = TokenLogprobs(*(torch.empty(n, device=device) for _ in range(3)))
 
-    def fold(self, twin, tile):
-        running = Running.start(torch.empty(4, self.n, device=tile.device))
-        summed = torch.empty(self.n, 8, device=tile.device)
-        e = twin.fold(tile[:, : self.v], 0, None, self.call, slice(0, self.n), running, summed)
-        twin.finish(self.call, slice(0, self.n), running, self.out, None)
-        return e
+    def scratch(self, apart=False):
+        """Tile and product of the raw logits; the product over the tile, or in memory of its own with equal strides."""
+        hidden = torch.empty(self.n, 8, device=self.raw.device)
+        scratch = Scratch.allocate(hidden, self.call, with_sum=True)
+        scratch.tile.copy_(self.raw)
+        (chunk,) = scratch.chunks(hidden, self.call)
+        tile, product = scratch.views(self.n, self.v)
+        assert product.data_ptr() == tile.data_ptr() and product.dtype == torch.bfloat16
+        if apart:
+            product = torch.empty(self.n, product.stride(0), dtype=product.dtype, device=tile.device)[:, : self.v]
+        return chunk, tile, product
 
-    def gradient(self, twin, tile):
-        return twin.gradient(tile[:, : self.v], 0, None, self.call, slice(0, self.n), self.out, self.given)
+    def fold(self, twin, apart=False):
+        chunk, tile, product = self.scratch(apart)
+        twin.fold(tile, product, 0, None, self.call, chunk)
+        twin.finish(self.call, chunk, self.out, None, None)
+        return product
+
+    def gradient(self, twin, apart=False):
+        chunk, tile, product = self.scratch(apart)
+        twin.gradient(tile, product, 0, None, self.call, chunk, self.out, self.given)
+        return product
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -48,11 +61,8 @@ class Step:
 def test_a_16_bit_result_lies_over_its_tile(device, v, step):
     skip_unless(device)
     case = Step(3, v, device)
-    case.fold(logprobs_torch, case.raw.clone())
-    wanted = step(case, logprobs_torch, case.raw.clone())
-    tile = case.raw.clone()
-    got = step(case, logprobs_triton, tile)
-    assert got.data_ptr() == tile.data_ptr() and got.dtype == torch.bfloat16
+    case.fold(logprobs_torch)
+    wanted, got = step(case, logprobs_torch), step(case, logprobs_triton)
     # E is relative to a running maximum that the twins need not share.
     scales = [x.float().amax(1, keepdim=True).clamp(min=1e-30) for x in (got, wanted)]
     shared = scales[0] / scales[1] if step is Step.fold else 1.0
@@ -63,26 +73,16 @@ def test_a_16_bit_result_lies_over_its_tile(device, v, step):
 @pytest.mark.gpu
 @pytest.mark.parametrize("v", [1024, 5000, 8192])
 @pytest.mark.parametrize("step", [Step.fold, Step.gradient])
-def test_overwriting_the_tile_is_no_race(monkeypatch, v, step):
+def test_overwriting_the_tile_is_no_race(v, step):
     """1,000 runs over the tile, each bit for bit what a result in memory of its own gives."""
     skip_unless("cuda")
     case = Step(4096, v, "cuda")
-    case.fold(logprobs_triton, case.raw.clone())
-    with monkeypatch.context() as patch:
-        # The same strides, else the compiler specialises the kernel differently and rounds differently.
-        patch.setattr(
-            logprobs_triton,
-            "over",
-            lambda tile, dtype: torch.empty(len(tile), 2 * tile.stride(0), dtype=dtype, device="cuda")[:, :v],
-        )
-        apart = step(case, logprobs_triton, case.raw)
+    case.fold(logprobs_triton)
+    apart = step(case, logprobs_triton, apart=True)
     wanted = case.out.logprobs.clone()
-    tile = torch.empty_like(case.raw)
     differences = torch.zeros((), dtype=torch.long, device="cuda")
     for _ in range(1000):
-        tile.copy_(case.raw)
-        over = step(case, logprobs_triton, tile)
-        assert over.data_ptr() == tile.data_ptr()
+        over = step(case, logprobs_triton)
         differences += (over.view(torch.int16) != apart.view(torch.int16)).sum()
         differences += (case.out.logprobs != wanted).sum()
     assert differences.item() == 0
@@ -158,4 +158,4 @@ def test_peak_memory_is_the_formula(path, v, chunk_mb):
     formula = {"forward": 0, "u": 2 * n_total * h, "recompute": 2 * n_total * h + 6 * v * h}[path]
     formula += scratch_bytes(h, v, chunk_mb) + 16 * n_total
     assert peak <= 1.05 * formula
-    assert peak >= 0.4 * formula
+    assert peak >= (0.2 if path == "forward" else 0.4) * formula  # the sum and W_y are not there without a gradient
