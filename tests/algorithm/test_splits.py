@@ -116,12 +116,8 @@ def test_minima_and_maxima_combine_as_such():
     for row in case.rows():
         if row.inside:
             ratios = {t: row.logprobs[t] - row.old[t] for t in row.inside}
-            low.append(
-                sum(math.exp(r) < 0.8 and row.advantages[t] < 0 for t, r in ratios.items()) / len(ratios)
-            )
-            high.append(
-                sum(math.exp(r) > 1.28 and row.advantages[t] > 0 for t, r in ratios.items()) / len(ratios)
-            )
+            low.append(sum(math.exp(r) < 0.8 and row.advantages[t] < 0 for t, r in ratios.items()) / len(ratios))
+            high.append(sum(math.exp(r) > 1.28 and row.advantages[t] > 0 for t, r in ratios.items()) / len(ratios))
     assert metrics["clip_ratio/low_min"] == pytest.approx(min(low), abs=1e-12)
     assert metrics["clip_ratio/high_max"] == pytest.approx(max(high), abs=1e-12) and max(high) > 0
     assert metrics == with_empty
