@@ -52,6 +52,7 @@ def train(
         return 0
     from grpo.trainer.loop import GRPOTrainer
 
+    _quiet_library_bars()
     return _run(GRPOTrainer(args=resolved), resume, allow_change)
 
 
@@ -73,6 +74,7 @@ def sft(
         return 0
     from grpo.sft import SFTTrainer
 
+    _quiet_library_bars()
     return _run(SFTTrainer(args=resolved), resume, allow_change)
 
 
@@ -94,6 +96,7 @@ def evaluate(
         raise InputError(f"{config}: data.eval is null (want held-out rows)")
     from grpo.trainer.loop import GRPOTrainer
 
+    _quiet_library_bars()
     trainer = GRPOTrainer(args=resolved)
     metrics = trainer.evaluate()
     if json:
@@ -117,6 +120,7 @@ def demo(
     """Warm up a tiny model and train it with GRPO, on a CPU, in about a minute."""
     from grpo.demo import run_demo
 
+    _quiet_library_bars()
     run_demo(seed, output_dir)
     return 0
 
@@ -141,6 +145,14 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write("interrupted\n")
         code = STOPPED
     sys.exit(code)
+
+
+def _quiet_library_bars() -> None:
+    """transformers' own progress bars belong on a terminal, not into a log."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _run(trainer: BaseTrainer, resume: bool, allow_changes: tuple[str, ...]) -> int:

@@ -125,6 +125,9 @@ class ObjectiveConfig(Section):
     importance_sampling_level: Literal["token", "sequence", "sequence_sum"] | None = Field(
         None, description="level of the ratio; null = the recipe's own"
     )
+    denominator: Literal["sequence_mean", "token_mean", "constant", "sequence_sum", "sequence"] | None = Field(
+        None, description="what token losses are divided by; null = the recipe's own"
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
         "sum_then_normalize", description="several rewards: sum first or normalise each first"
     )
@@ -133,12 +136,12 @@ class ObjectiveConfig(Section):
     entropy_coef: Float = Field(0.0, description="weight of the entropy bonus; not 0 = exact but slower head")
     sapo_temperature_pos: Float = Field(1.0, gt=0, description="sapo, A > 0")
     sapo_temperature_neg: Float = Field(1.05, gt=0, description="sapo, A ≤ 0")
-    sampler_correction: Literal["none", "truncate", "mask"] | None = Field(
-        None, description="importance weight policy / sampler; null = none for hf"
+    sampler_correction: Literal["none", "truncate", "mask", "bypass"] | None = Field(
+        None, description="importance weight policy / sampler; null = none for hf, which is the policy itself"
     )
     correction_level: Literal["token", "sequence_mean", "sequence_sum"] = Field("token", description="of that weight")
-    correction_max: Float = Field(2.0, gt=0, description="cap, or upper end of the band")
-    correction_min: Float = Field(0.0, ge=0, description="lower end of the band")
+    correction_max: Float | None = Field(None, gt=0, description="cap, or upper end of the band; null = by level")
+    correction_min: Float | None = Field(None, ge=0, description="lower end of the band; null = by level")
     off_policy_mask_threshold: Float | None = Field(
         None, description="drop a completion with A < 0 and mean(sampler − policy log-prob) above this"
     )
@@ -289,7 +292,7 @@ class GRPOConfig(RunConfig):
                 f"{', '.join(truncated)} (the sampler then differs from the policy; want "
                 "rollout.allow_truncated_sampling: true, or the knob off)"
             )
-        return problems + check_objective(self.objective.recipe, **objective_knobs(self.objective))
+        return problems + check_objective(self.objective.recipe, **objective_knobs(self))
 
 
 class SFTConfig(RunConfig):
@@ -305,10 +308,12 @@ class SFTConfig(RunConfig):
         super().__init__(**values)
 
 
-def objective_knobs(objective: ObjectiveConfig) -> dict[str, Any]:
-    """The knobs as `policy_loss` and its companions take them (null = the recipe's own choice, left out)."""
-    knobs = objective.model_dump(exclude={"recipe"})
-    return {name: value for name, value in knobs.items() if value is not None or name == "delta"}
+def objective_knobs(config: GRPOConfig) -> dict[str, Any]:
+    """The knobs of the objective with the sampler's correction decided: off when the policy samples from itself."""
+    knobs = config.objective.model_dump(exclude={"recipe"})
+    if knobs["sampler_correction"] is None:
+        knobs["sampler_correction"] = "none" if config.rollout.engine == "hf" else "truncate"
+    return knobs
 
 
 # --- reading -------------------------------------------------------------------------------------------------

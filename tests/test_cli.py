@@ -234,7 +234,7 @@ def test_a_bad_reward_ends_the_run_saved(home, name, capsys):
     assert err.startswith(RUNTIME[name]), err
     assert err.count("\n") == 1 and "Traceback" not in err + out
     checkpoints = [path.name for path in (home / "run" / "checkpoints").iterdir()]
-    assert checkpoints == (["step_000001"] if name == "late" else ["step_000000"])
+    assert checkpoints == (["step_000002"] if name == "late" else ["step_000000"])
     if name == "late":  # mend the judge, go on
         Path("my_rewards.py").write_text(REWARDS.replace('raise RuntimeError("judge is down")', "pass"))
         code, out, err = run("train", "config.yaml", f"rewards=[my_rewards.py:{name}]", "--resume", capsys=capsys)

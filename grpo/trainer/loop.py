@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from grpo.algorithm import ADVANTAGE_KNOBS, LOSS_KNOBS, group_advantages, zero_variance_groups
 from grpo.batch import Completion, Prompt, RolloutBuffer, ScoredRollouts
-from grpo.config import GRPOConfig, ObjectiveConfig, objective_knobs
+from grpo.config import GRPOConfig, objective_knobs
 from grpo.data import encode_prompt, prompt_problem, prompt_text, with_system
 from grpo.errors import InputError, RunError
 from grpo.evaluate import evaluate_rollouts
@@ -27,11 +27,19 @@ from grpo.seeds import seed_for
 from grpo.trainer.base import BaseTrainer, default_console
 from grpo.trainer.build import build_parts
 from grpo.trainer.console import Console
+from grpo.trainer.groups import merge_scored, select_groups
+from grpo.trainer.kl_reward import is_token_wise, measure_k1, penalized_advantages, with_token_returns
 from grpo.trainer.metrics import completion_metrics
 from grpo.trainer.state import Item, common_items, generator_items, rollout_items
 from grpo.trainer.update import add_reference_logprobs, update
 
 MAX_EMPTY_IN_A_ROW = 10
+CAUSES: tuple[Literal["all_right", "all_wrong", "all_truncated", "all_invalid"], ...] = (
+    "all_right",
+    "all_wrong",
+    "all_truncated",
+    "all_invalid",
+)
 
 
 class GRPOTrainer(BaseTrainer):
@@ -79,7 +87,7 @@ class GRPOTrainer(BaseTrainer):
         self.eval_prompts = parts.eval_prompts
         self.stop_token_ids = parts.stop_token_ids
         self.engine: RolloutEngine = parts.engine
-        self.advantage_knobs, self.loss_knobs = split_knobs(self.config.objective)
+        self.advantage_knobs, self.loss_knobs = split_knobs(self.config)
         self.last_evaluation: ScoredRollouts | None = None
         self.buffer: RolloutBuffer | None = None
         self.empty_in_a_row = 0
@@ -101,43 +109,27 @@ class GRPOTrainer(BaseTrainer):
 
     def _collect(self) -> RolloutBuffer:
         config = self.config
-        scored, advantages, counts = self._rollouts()
+        sampled = self._sample_and_score(self.data.take(config.prompts_per_step))
+        scored = sampled
+        if config.objective.zero_variance == "refill":
+            scored, sampled = self._refill(sampled)
+        with self.phase("reference"):
+            k1 = self._k1_of_reward(scored)
         with self.phase("pack"):
+            advantages = self._advantages(scored, k1)
             batches, totals = pack(
                 scored, advantages, config.update.max_tokens_per_batch, skip_zero_advantage=self._skips_zero_advantage
             )
-            if not self._acts_without_advantage and not any(a for group in advantages for a in group):
+            if k1 is not None and is_token_wise(config.objective.recipe):
+                batches = with_token_returns(batches, scored, k1, config)
+            elif not self._acts_without_advantage and not any(a for group in advantages for a in group):
                 batches = []  # every advantage is zero: nothing to learn, the weights stay bit for bit
         with self.phase("reference"):
             if batches and config.objective.beta > 0:
                 batches = add_reference_logprobs(self.policy, batches, config.rollout.temperature)
         if config.logging.rollouts_every_steps and (self.step + 1) % config.logging.rollouts_every_steps == 0:
             self.folder.write_rollouts(self.step + 1, scored, advantages)
-        rollouts = scored.rollouts
-        tokens = sum(
-            len(prompt.token_ids) + len(completion.token_ids)
-            for prompt, group in zip(rollouts.prompts, rollouts.completions, strict=True)
-            for completion in group
-        )
-        self.num_tokens += tokens
-        metrics = {**scored.metrics, **completion_metrics(rollouts), **counts}
-        metrics |= {"policy_version": float(rollouts.policy_version), "step_tokens": float(tokens)}
-        return RolloutBuffer(batches, totals, metrics)
-
-    def _rollouts(self) -> tuple[ScoredRollouts, list[list[float | None]], dict[str, float]]:
-        """Sample and score `prompts_per_step` groups, with the advantages of each."""
-        scored = self._sample_and_score(self.data.take(self.config.prompts_per_step))
-        causes = zero_variance_groups(scored, **self.advantage_knobs)
-        advantages = group_advantages(scored, recipe=self.config.objective.recipe, **self.advantage_knobs)
-        if self.config.objective.zero_variance == "drop":
-            advantages = [
-                group if cause is None else [None] * len(group) for group, cause in zip(advantages, causes, strict=True)
-            ]
-        counts = {
-            f"groups/{cause}": float(causes.count(cause)) for cause in ("all_right", "all_wrong", "all_truncated")
-        }
-        counts["frac_reward_zero_std"] = sum(cause is not None for cause in causes) / len(causes)
-        return scored, advantages, counts
+        return RolloutBuffer(batches, totals, self._rollout_metrics(sampled))
 
     def _sample_and_score(self, prompts: list[Prompt]) -> ScoredRollouts:
         with self.phase("rollout"), self.engine.awake():
@@ -156,10 +148,66 @@ class GRPOTrainer(BaseTrainer):
             self.fault_budget.check(scored)
         return scored
 
+    def _refill(self, sampled: ScoredRollouts) -> tuple[ScoredRollouts, ScoredRollouts]:
+        """Sample other prompts in place of groups without variance, `max_refill_rounds` times at most.
+
+        Returns the groups to train on, as many as were asked for, and everything that was sampled.
+        """
+        everything = sampled
+        for _ in range(self.config.objective.max_refill_rounds):
+            causes = zero_variance_groups(everything, **self.advantage_knobs)
+            missing = self.config.prompts_per_step - causes.count(None)
+            if missing <= 0:
+                break
+            everything = merge_scored([everything, self._sample_and_score(self.data.take(missing))])
+        causes = zero_variance_groups(everything, **self.advantage_knobs)
+        best_first = sorted(range(len(causes)), key=lambda p: causes[p] is not None)  # stable: in order of sampling
+        return select_groups(everything, sorted(best_first[: self.config.prompts_per_step])), everything
+
+    def _k1_of_reward(self, scored: ScoredRollouts) -> dict[int, Tensor] | None:
+        objective = self.config.objective
+        if objective.beta == 0 or objective.kl_in == "loss":
+            return None
+        return measure_k1(self.policy, scored, self.config.update.max_tokens_per_batch, self.config.rollout.temperature)
+
+    def _advantages(self, scored: ScoredRollouts, k1: dict[int, Tensor] | None) -> list[list[float | None]]:
+        objective = self.config.objective
+        if k1 is None:
+            advantages = group_advantages(scored, recipe=objective.recipe, **self.advantage_knobs)
+        else:
+            advantages = penalized_advantages(scored, k1, objective.beta, objective.recipe, self.advantage_knobs)
+        if objective.zero_variance != "drop":
+            return advantages
+        causes = zero_variance_groups(scored, **self.advantage_knobs)
+        return [
+            group if cause is None else [None] * len(group) for group, cause in zip(advantages, causes, strict=True)
+        ]
+
+    def _rollout_metrics(self, sampled: ScoredRollouts) -> dict[str, float]:
+        """Of everything that was sampled, before any filtering."""
+        rollouts = sampled.rollouts
+        causes = zero_variance_groups(sampled, **self.advantage_knobs)
+        tokens = sum(
+            len(prompt.token_ids) + len(completion.token_ids)
+            for prompt, group in zip(rollouts.prompts, rollouts.completions, strict=True)
+            for completion in group
+        )
+        self.num_tokens += tokens
+        return {
+            **sampled.metrics,
+            **completion_metrics(rollouts),
+            **{f"groups/{cause}": float(causes.count(cause)) for cause in CAUSES},
+            "groups/refilled": float(len(causes) - self.config.prompts_per_step),
+            "frac_reward_zero_std": sum(cause is not None for cause in causes) / len(causes),
+            "policy_version": float(rollouts.policy_version),
+            "step_tokens": float(tokens),
+        }
+
     @property
     def _acts_without_advantage(self) -> bool:
         """Whether a completion with A = 0 still has a gradient (KL or entropy in the loss)."""
-        return self.config.objective.beta > 0 or self.config.objective.entropy_coef != 0
+        objective = self.config.objective
+        return (objective.beta > 0 and objective.kl_in == "loss") or objective.entropy_coef != 0
 
     @property
     def _skips_zero_advantage(self) -> bool:
@@ -181,9 +229,7 @@ class GRPOTrainer(BaseTrainer):
     def _check_progress(self, buffer: RolloutBuffer) -> None:
         self.empty_in_a_row = 0 if buffer.batches else self.empty_in_a_row + 1
         if self.empty_in_a_row >= MAX_EMPTY_IN_A_ROW:
-            cause = max(
-                ("all_right", "all_wrong", "all_truncated"), key=lambda name: buffer.metrics.get(f"groups/{name}", 0)
-            )
+            cause = max(CAUSES, key=lambda name: buffer.metrics.get(f"groups/{name}", 0))
             raise RunError(
                 f"{MAX_EMPTY_IN_A_ROW} steps in a row had nothing to learn from: "
                 f"no group's rewards differ (mostly {cause})"
@@ -271,11 +317,10 @@ class GRPOTrainer(BaseTrainer):
         return [*common_items("adapter" if self.policy.adapted else "policy"), *rollout_items(), *generator_items()]
 
 
-def split_knobs(objective: ObjectiveConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The section's knobs for `group_advantages` and for `policy_loss`."""
-    knobs = objective_knobs(objective)
-    advantage = {name: knobs[name] for name in ADVANTAGE_KNOBS if name in knobs}
-    return advantage, {name: value for name, value in knobs.items() if name in LOSS_KNOBS}
+def split_knobs(config: GRPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The objective's knobs for `group_advantages` and for `policy_loss`."""
+    knobs = objective_knobs(config)
+    return {name: knobs[name] for name in ADVANTAGE_KNOBS}, {name: knobs[name] for name in LOSS_KNOBS}
 
 
 def _fault_tensors(buffer: RolloutBuffer) -> dict[str, Any]:

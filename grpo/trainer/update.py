@@ -89,7 +89,7 @@ def update(
     def batch_loss(batch: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         output = policy.logprobs(batch, config.rollout.temperature, return_entropy=entropy)
 
-        def scored(values: Tensor | None) -> Tensor | None:
+        def scored(values: Any) -> Any:
             return None if values is None else values.index_select(0, batch.scored_index)
 
         loss, metrics = policy_loss(

@@ -287,7 +287,7 @@ def test_resume_without_a_checkpoint_starts_and_says_so(tmp_path, capsys):
 class StopAt(CountingReward):
     def __call__(self, completion, answer):
         value = super().__call__(completion, answer)
-        if self.calls == 60:
+        if self.calls == 20:
             os.kill(os.getpid(), signal.SIGINT)
         return value
 

@@ -60,7 +60,8 @@ def gradients_of(trainer, buffer):
 def rollouts_and_advantages(trainer):
     trainer.folder.open(resume=False)
     try:
-        scored, advantages, _ = trainer._rollouts()
+        scored = trainer._sample_and_score(trainer.data.take(trainer.config.prompts_per_step))
+        advantages = trainer._advantages(scored, None)
     finally:
         trainer.folder.close()
     return scored, advantages
