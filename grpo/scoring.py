@@ -1,224 +1,62 @@
-"""Reward functions: found, understood, called, and their faults kept apart from their values.
+"""Rollouts → rewards: every function on every completion, faults kept apart from values, weighted totals, metrics.
 
-Two signatures, without a decorator: batch `f(prompts, completions, **columns) -> list[float | None]` and sample
-`f(completion, answer, …) -> float | None`. Arguments are injected by name, decided once at start.
-None is "not applicable"; a fault (exception, NaN, ±inf, |r| > 1e6, a wrong type or length) never becomes a number.
-Left out: timeouts, worker processes and sandboxes; every function runs inline.
+    total_i = Σ_k w_k · r_ki    over the functions that apply (r_ki is not None), in float64
+
+Three things never mix. None: the function does not apply, the sum runs over the others. A fault (exception, NaN, ±inf,
+|r| > 1e6, a wrong type or length): with `on_error: raise` the run ends in one line; with `none` the whole completion
+has no reward, whatever the other functions say, and it is never 0. A completion that the engine did not finish (abort,
+error) is shown to no function and has no reward. A completion without a reward leaves loss and baseline.
+Left out: timeouts, worker processes and sandboxes (every function runs inline, see reward_calls.py).
 """
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import difflib
-import functools
-import importlib
-import importlib.util
 import inspect
-import math
-import random
-import statistics
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
+from math import fsum, sqrt
 from typing import Any, Literal
 
-import numpy as np
+from grpo.batch import Rollouts, ScoredRollouts
+from grpo.reward_calls import (
+    Fault,
+    Log,
+    RewardWarning,
+    Sample,
+    TrainerState,
+    arguments,
+    gather,
+    guarded,
+    preserved_generators,
+    seed_generators,
+    split_score,
+    to_number,
+    to_values,
+    warn_once,
+    watched_process,
+)
+from grpo.reward_loading import Reward, RewardError, check_columns, load_reward_states, load_rewards, reward_states
 
-from grpo.batch import Completion, Prompt, Rollouts, ScoredRollouts
-from grpo.errors import InputError, RunError, clip
-from grpo.seeds import seed_for
+__all__ = [
+    "score",
+    "Reward",
+    "RewardError",
+    "RewardWarning",
+    "FaultBudget",
+    "load_rewards",
+    "check_columns",
+    "reward_states",
+    "load_reward_states",
+    "merge_scored",
+    "select_groups",
+]
 
-MAX_REWARD = 1e6
-MAX_METRICS = 64
-_GROUP_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"}
-_INJECTED = _GROUP_COLUMNS | {"trainer_state", "truncated", "log_extra", "log_metric"}
-_FOREIGN = {"solution_str": "verl", "queries": "OpenRLHF", "entry": "reasoning-gym"}
-
-
-class RewardError(RunError):
-    """A reward function failed under `rewards.on_error: raise`."""
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """What a reward may know of the run."""
-
-    global_step: int
-    max_steps: int
-    epoch: float
-
-
-@dataclass(frozen=True)
-class Reward:
-    """One reward function. `label` is how the user named it, for messages."""
-
-    function: Callable[..., Any]
-    name: str
-    weight: float = 1.0
-    kind: Literal["batch", "sample"] = "sample"
-    label: str = ""
-    parameters: tuple[str, ...] | None = None  # None: takes **kwargs, gets everything
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why one completion has no value from one function."""
-
-    text: str
-
-
-# --- loading -------------------------------------------------------------------------------------------------
-
-
-def load_rewards(
-    functions: Sequence[str | Callable[..., Any]], weights: Sequence[float] | None, columns: Collection[str]
-) -> list[Reward]:
-    """Find each function and decide what it is given. `columns` are the dataset's.
-
-    Raises:
-        InputError: not importable, not callable, a signature that cannot be served, two equal names; one line each.
-    """
-    weights = [1.0] * len(functions) if weights is None else list(weights)
-    if len(weights) != len(functions):
-        raise InputError(f"rewards.weights has {len(weights)} values for {len(functions)} functions")
-    rewards, problems = [], []
-    for index, (function, weight) in enumerate(zip(functions, weights, strict=True)):
-        name = function if isinstance(function, str) else _name_of(function)
-        label = f'rewards[{index}] "{name}"'
-        try:
-            found = _resolve(function, label) if isinstance(function, str) else function
-            rewards.append(_understand(found, weight, label, set(columns)))
-        except InputError as error:
-            problems += error.lines
-    names = [reward.name for reward in rewards]
-    problems += [
-        f"rewards: two functions are named {name!r} (want different names)"
-        for name in set(names)
-        if names.count(name) > 1
-    ]
-    if problems:
-        raise InputError(*problems)
-    return rewards
-
-
-def _resolve(text: str, label: str) -> Callable[..., Any]:
-    where, colon, attribute = text.rpartition(":")
-    if not colon or not where or not attribute:
-        raise InputError(f'{label}: is not "module:function" or "path/file.py:function"')
-    module = _load_file(Path(where), label) if where.endswith(".py") else _load_module(where, label)
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise InputError(f"{label}: {where} has no {attribute!r}{hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise InputError(f"{label}: is {type(found).__name__} (want a function)")
-    return found
-
-
-def _load_file(path: Path, label: str) -> Any:
-    if not path.is_file():
-        raise InputError(f"{label}: no such file {str(path)!r}")
-    name = f"_grpo_reward_{seed_for(str(path.resolve()))}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look it up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise InputError(f"{label}: not importable: {type(error).__name__}: {clip(error)}") from error
-    return module
-
-
-def _load_module(name: str, label: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does; a console script does not
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise InputError(f"{label}: not importable: {type(error).__name__}: {clip(error)}") from error
-
-
-def _name_of(function: Any) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _understand(function: Callable[..., Any], weight: float, label: str, columns: set[str]) -> Reward:
-    if not callable(function):
-        raise InputError(f"{label}: is {type(function).__name__} (want a function or its name)")
-    parameters = inspect.signature(function).parameters
-    named = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if positional := [name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]:
-        raise InputError(f"{label}: parameter {positional[0]} is positional-only (want names: arguments are keywords)")
-    batch, sample = {"prompts", "completions"} & set(named), {"completion"} & set(named)
-    if bool(batch) == bool(sample):
-        foreign = next((origin for name, origin in _FOREIGN.items() if name in named), None)
-        hint = f"; it looks like {foreign}'s" if foreign else ""
-        raise InputError(f"{label}: has {', '.join(named) or 'no parameters'} (want completions, or completion{hint})")
-    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    provided = _INJECTED | columns
-    for name in named:
-        if name not in provided and parameters[name].default is inspect.Parameter.empty:
-            close = difflib.get_close_matches(name, provided, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(
-                f"{label}: needs {name}, which no column provides (columns: {', '.join(sorted(columns))}{hint})"
-            )
-    return Reward(
-        function,
-        _name_of(function),
-        float(weight),
-        "batch" if batch else "sample",
-        label,
-        None if everything else tuple(named),
-    )
-
-
-def reward_states(rewards: Sequence[Reward]) -> dict[str, Any]:
-    """State of the functions that have any (`state_dict`), by name."""
-    return {r.name: copy.deepcopy(r.function.state_dict()) for r in rewards if hasattr(r.function, "state_dict")}
-
-
-def load_reward_states(rewards: Sequence[Reward], states: Mapping[str, Any]) -> None:
-    """Put back what `reward_states` returned."""
-    for reward in rewards:
-        if reward.name in states and hasattr(reward.function, "load_state_dict"):
-            reward.function.load_state_dict(copy.deepcopy(states[reward.name]))
-
-
-# --- scoring -------------------------------------------------------------------------------------------------
-
-
-class _Log:
-    """What `log_extra` and `log_metric` of one function collect."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.columns: dict[str, list[Any]] = {}
-        self.values: dict[str, list[float]] = {}
-        self.dropped = 0
-
-    def extra(self, column: str, values: Sequence[Any]) -> None:
-        self.columns[str(column)] = list(values)
-
-    def metric(self, name: str, value: float) -> None:
-        known = name in self.values or len(self.values) < MAX_METRICS
-        if known and isinstance(value, int | float) and math.isfinite(value):
-            self.values.setdefault(str(name), []).append(float(value))
-        else:
-            self.dropped += 1
+FAULT_COLUMN = "fault"
+Value = float | None | Fault
+Grid = list[list[float | None]]  # [P][G]
 
 
 def score(
@@ -231,219 +69,368 @@ def score(
     on_error: Literal["raise", "none"] = "raise",
     seed: int = 0,
 ) -> ScoredRollouts:
-    """Call every function on every completion and form the weighted totals in float64.
+    """Call every function on every completion and sum up.
 
-    Python's, numpy's and torch's global generators are seeded from (seed, step, function) for each call and put back
-    afterwards: a reward that draws or reseeds is repeatable and disturbs nothing.
+    Functions run one after another, async ones together at the end. Each call draws from global generators that start
+    at a function of (seed, reward, step, prompt, generation) and are put back afterwards: a reward that draws or
+    reseeds is repeatable and disturbs nothing. (Async calls share one start per step.)
+
+    Args:
+        rollouts: [P][G] completions.
+        rewards: from `load_rewards`.
+        step: the optimizer step that these rollouts are for, from 1; `trainer_state.global_step` is the number of
+            steps done, step − 1, as in TRL.
+        max_steps, epoch: for `trainer_state`.
+        on_error: what a fault does.
+        seed: of the run.
+
+    Returns:
+        rewards and parts [P][G] (float64 or None); in `columns` what functions logged, as `<reward>/<name>`, and
+        `fault` with the cause where there was one; in `metrics` the keys of REWARDS.md section 10 as far as they have
+        values: a mean over nothing, or a std (n − 1) over one value, is left out.
 
     Raises:
-        RewardError: `on_error` is "raise" and a function failed; names the function, step, prompt and generation.
+        RewardError: a fault under "raise"; one line with function, cause, step, prompt and generation.
     """
     flat = [
-        (prompt, completion, g)
+        Sample(prompt, completion, generation)
         for prompt, group in zip(rollouts.prompts, rollouts.completions, strict=True)
-        for g, completion in enumerate(group)
+        for generation, completion in enumerate(group)
     ]
-    state = TrainerState(step - 1, max_steps, epoch)
-    values: dict[str, list[float | None | Fault]] = {}
-    logs = [_Log(reward.name) for reward in rewards]
-    for reward, log in zip(rewards, logs, strict=True):
-        with _own_generators(seed_for(seed, "reward", step, reward.name)):
-            values[reward.name] = _call(reward, flat, state, log)
-        fault = next((place for place, value in enumerate(values[reward.name]) if isinstance(value, Fault)), None)
-        if fault is not None and on_error == "raise":
-            prompt, _, g = flat[fault]
-            text = values[reward.name][fault].text  # type: ignore[union-attr]
-            raise RewardError(f"{reward.label}: {text} (step {step}, prompt {prompt.id}, generation {g})")
-    broken = [
-        completion.finish_reason in ("abort", "error") or any(isinstance(v[place], Fault) for v in values.values())
-        for place, (_, completion, _) in enumerate(flat)
-    ]
-    totals = [None if bad else _total(rewards, values, place) for place, bad in enumerate(broken)]
-    shape = [len(group) for group in rollouts.completions]
-    parts = {
-        name: _grouped([None if isinstance(v, Fault) else v for v in column], shape) for name, column in values.items()
-    }
-    columns = {
-        f"{log.name}/{name}": _grouped(column, shape)
-        for log in logs
-        for name, column in log.columns.items()
-        if len(column) == len(flat)
-    }
-    metrics = _metrics(rewards, values, _grouped(totals, shape), parts, broken, logs)
-    return ScoredRollouts(
-        rollouts, _grouped(totals, shape), parts, {r.name: r.weight for r in rewards}, columns, metrics
+    finished = [place for place, sample in enumerate(flat) if sample.completion.finish_reason in ("stop", "length")]
+    calls = _Calls(
+        [flat[place] for place in finished], step, TrainerState(max(step - 1, 0), max_steps, epoch), on_error, seed
     )
+    if finished:
+        with preserved_generators(), calls.closing():
+            for reward in rewards:
+                calls.call(reward)
+            calls.await_all()
+    return _assembled(rollouts, rewards, calls, finished)
 
 
-def _call(
-    reward: Reward, flat: list[tuple[Prompt, Completion, int]], state: TrainerState, log: _Log
-) -> list[float | None | Fault]:
-    batch: dict[str, Any] = {
-        "prompts": [prompt.example["prompt"] for prompt, _, _ in flat],
-        "completions": [_as_given(prompt, completion) for prompt, completion, _ in flat],
-        "completion_ids": [completion.token_ids for _, completion, _ in flat],
-        "truncated": [completion.finish_reason == "length" for _, completion, _ in flat],
+class _Calls:
+    """The calls of one step and their outcomes; `values[name]` has one per finished completion."""
+
+    def __init__(
+        self, samples: Sequence[Sample], step: int, state: TrainerState, on_error: Literal["raise", "none"], seed: int
+    ) -> None:
+        self.samples = samples
+        self.step = step
+        self.state = state
+        self.on_error = on_error
+        self.seed = seed
+        self.values: dict[str, list[Value]] = {}
+        self.logs: dict[str, Log] = {}
+        self.faults: dict[int, str] = {}  # row -> its first fault, with the function's label
+        self._waiting: list[tuple[Reward, Sequence[int], Any]] = []  # (function, rows, awaitable)
+
+    def call(self, reward: Reward) -> None:
+        """One call (batch) or one per completion (sample)."""
+        count = len(self.samples)
+        self.values[reward.name] = [None] * count
+        self.logs[reward.name] = Log(reward, count)
+        every = [range(count)] if reward.kind == "batch" else [range(row, row + 1) for row in range(count)]
+        with watched_process([reward]):
+            for rows in every:
+                result = guarded(self._invoke, reward, rows)
+                if inspect.isawaitable(result):
+                    self._waiting.append((reward, rows, result))
+                else:
+                    self._settle(reward, rows, result)
+
+    def _invoke(self, reward: Reward, rows: Sequence[int]) -> Any:
+        samples = [self.samples[row] for row in rows]
+        given = arguments(reward, samples, self.state, self.logs[reward.name], rows[0])
+        first = samples[0]
+        seed_generators(
+            self.seed, "reward", reward.name, self.step, first.prompt.epoch, first.prompt.id, first.generation
+        )
+        return reward.function(**given)
+
+    def await_all(self) -> None:
+        """Run what async functions have returned, all together."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        seed_generators(self.seed, "reward", "async", self.step)
+        with watched_process([reward for reward, _, _ in waiting]):
+            results = gather([awaitable for _, _, awaitable in waiting])
+        for (reward, rows, _), result in zip(waiting, results, strict=True):
+            self._settle(reward, rows, result)
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close coroutines that were never awaited, when the step ends early."""
+        try:
+            yield
+        finally:
+            for _, _, awaitable in self._waiting:
+                if inspect.iscoroutine(awaitable):
+                    awaitable.close()
+
+    def _settle(self, reward: Reward, rows: Sequence[int], result: Any) -> None:
+        """Take a call's result apart. Reading it may run user code too, so that is guarded as well."""
+        if reward.kind == "batch" and not isinstance(result, Fault):
+            result = guarded(to_values, result, len(rows))
+        elements = [result] * len(rows) if isinstance(result, Fault) or reward.kind == "sample" else result
+        for row, element in zip(rows, elements, strict=True):
+            value = element if isinstance(element, Fault) else guarded(self._number, reward, row, element)
+            self.values[reward.name][row] = value
+            if isinstance(value, Fault):
+                self._record(reward, rows, row, value)
+
+    def _number(self, reward: Reward, row: int, element: Any) -> Value:
+        value, notes = split_score(element)
+        self.logs[reward.name].notes(row, notes)
+        return to_number(value)
+
+    def _record(self, reward: Reward, rows: Sequence[int], row: int, fault: Fault) -> None:
+        if self.on_error == "raise":
+            where = self._place(rows if fault.on_call else [row])
+            raise RewardError(f"{reward.label}: {fault.text} (step {self.step}, {where})") from fault.error
+        self.faults.setdefault(row, f"{reward.label}: {fault.text}")
+
+    def _place(self, rows: Sequence[int]) -> str:
+        if len(rows) == 1:
+            sample = self.samples[rows[0]]
+            return f"prompt {sample.prompt.id}, generation {sample.generation}"
+        prompts = list(dict.fromkeys(str(self.samples[row].prompt.id) for row in rows))
+        if len(prompts) == 1:
+            return f"prompt {prompts[0]}"
+        return f"prompts {', '.join(prompts[:3])}{', …' if len(prompts) > 3 else ''}"
+
+
+# --- from outcomes to ScoredRollouts -------------------------------------------------------------------------
+
+
+def _assembled(rollouts: Rollouts, rewards: Sequence[Reward], calls: _Calls, finished: Sequence[int]) -> ScoredRollouts:
+    sizes = [len(group) for group in rollouts.completions]
+
+    def placed(values: Sequence[Any]) -> list[list[Any]]:
+        """Values of the finished completions as [P][G], None for the others."""
+        by_place = dict(zip(finished, values, strict=True))
+        source = (by_place.get(place) for place in range(sum(sizes)))
+        return [[next(source) for _ in range(size)] for size in sizes]
+
+    rows = range(len(finished))
+    totals = placed([None if row in calls.faults else _total(rewards, calls.values, row) for row in rows])
+    parts = {
+        name: placed([None if isinstance(value, Fault) else value for value in values])
+        for name, values in calls.values.items()
+    } or {reward.name: placed([]) for reward in rewards}
+    columns = {
+        f"{name}/{column}": placed(values) for name, log in calls.logs.items() for column, values in log.columns.items()
     }
-    names = dict.fromkeys(name for prompt, _, _ in flat for name in prompt.example if name not in _GROUP_COLUMNS)
-    batch |= {name: [prompt.example.get(name) for prompt, _, _ in flat] for name in names if name not in batch}
-    shared = {"trainer_state": state, "log_extra": log.extra, "log_metric": log.metric}
-    if reward.kind == "batch":
-        return _checked_batch(reward, _guarded(reward, {**batch, **shared}), len(flat))
-    results: list[float | None | Fault] = []
-    for place, (prompt, completion, _) in enumerate(flat):
-        sample = {name: column[place] for name, column in batch.items() if name not in ("prompts", "completions")}
-        sample |= {"prompt": prompt.example["prompt"], "completion": completion.text}
-        outcome = _guarded(reward, {**sample, **shared})
-        results.append(outcome if isinstance(outcome, Fault) else _checked(_unwrapped(outcome, log)))
-    return results
+    if calls.faults:
+        columns[FAULT_COLUMN] = placed([calls.faults.get(row) for row in rows])
+    metrics = _value_metrics(totals, parts) | _outcome_metrics(rewards, calls, sum(sizes))
+    scored = ScoredRollouts(rollouts, totals, parts, {r.name: r.weight for r in rewards}, columns, metrics)
+    metrics["rewards/none_mixed_frac"] = _none_mixed(rewards, scored, calls.step)
+    return scored
 
 
-def _as_given(prompt: Prompt, completion: Completion) -> Any:
-    if isinstance(prompt.example["prompt"], str):
-        return completion.text
-    return [{"role": "assistant", "content": completion.text}]
-
-
-def _guarded(reward: Reward, arguments: dict[str, Any]) -> Any:
-    """The function's result, or a Fault. KeyboardInterrupt passes; SystemExit is an error like any other."""
-    wanted = arguments if reward.parameters is None else {n: arguments[n] for n in reward.parameters if n in arguments}
-    kept = {name: wanted.pop(name) for name in ("trainer_state", "log_extra", "log_metric") if name in wanted}
-    try:
-        result = reward.function(**copy.deepcopy(wanted), **kept)
-        return asyncio.run(result) if inspect.iscoroutine(result) else result
-    except (Exception, SystemExit, GeneratorExit) as error:
-        return Fault(f"raised {type(error).__name__}: {clip(error)}")
-
-
-def _unwrapped(value: Any, log: _Log) -> Any:
-    notes = getattr(value, "notes", None)
-    if isinstance(notes, dict) and hasattr(value, "value"):
-        for name, note in notes.items():
-            if isinstance(note, int | float):
-                log.metric(name, note)
-        return value.value
-    return value
-
-
-def _checked_batch(reward: Reward, result: Any, count: int) -> list[float | None | Fault]:
-    if isinstance(result, Fault):
-        return [result] * count
-    if type(result).__module__.startswith("torch"):
-        result = result.detach().cpu().tolist()
-    if isinstance(result, np.ndarray):
-        result = result.tolist()
-    if not isinstance(result, list | tuple):
-        return [Fault(f"returned {type(result).__name__} (want a list of {count} numbers or None)")] * count
-    if len(result) != count:
-        return [Fault(f"returned {len(result)} values for {count} completions")] * count
-    return [_checked(value) for value in result]
-
-
-def _checked(value: Any) -> float | None | Fault:
-    if value is None:
-        return None
-    if type(value).__module__.startswith("torch") and getattr(value, "ndim", 1) == 0:
-        value = value.item()
-    if not isinstance(value, bool | int | float | np.number | np.bool_) or isinstance(
-        value, complex | np.complexfloating
-    ):
-        return Fault(f"returned {type(value).__name__} {clip(repr(value), 40)} (want a number or None)")
-    try:
-        number = float(value)
-    except OverflowError:
-        return Fault("returned a number too large for a float (want at most 1e6)")
-    if not math.isfinite(number) or abs(number) > MAX_REWARD:
-        return Fault(f"returned {number} (want a finite number of at most 1e6; None means not applicable)")
-    return number
-
-
-def _total(rewards: Sequence[Reward], values: Mapping[str, list[Any]], place: int) -> float | None:
-    present = [
-        (reward.weight, values[reward.name][place]) for reward in rewards if values[reward.name][place] is not None
-    ]
-    return math.fsum(weight * value for weight, value in present) if present else None
-
-
-def _grouped(flat: Sequence[Any], shape: Sequence[int]) -> list[list[Any]]:
-    source = iter(flat)
-    return [[next(source) for _ in range(size)] for size in shape]
-
-
-@contextmanager
-def _own_generators(seed: int) -> Any:
-    torch = sys.modules.get("torch")
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state() if torch else None
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if torch:
-        torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if torch and states[2] is not None:
-            torch.set_rng_state(states[2])
-
-
-# --- metrics -------------------------------------------------------------------------------------------------
-
-
-def _metrics(
-    rewards: Sequence[Reward],
-    values: Mapping[str, list[Any]],
-    totals: list[list[float | None]],
-    parts: Mapping[str, list[list[float | None]]],
-    broken: list[bool],
-    logs: Sequence[_Log],
-) -> dict[str, float]:
-    every = [value for group in totals for value in group if value is not None]
-    metrics = {
-        "reward": statistics.fmean(every) if every else math.nan,
-        "reward_std": _std(every),
-        "rewards/invalid_frac": sum(broken) / max(1, len(broken)),
-    }
-    mixed = 0
+def _total(rewards: Sequence[Reward], values: Mapping[str, Sequence[Value]], row: int) -> float | None:
+    """Σ w·r over the functions with a number; None when no function with a weight has one."""
+    terms = []
     for reward in rewards:
-        column = values[reward.name]
-        numbers = [value for value in column if isinstance(value, float)]
-        groups = [[value for value in group if value is not None] for group in parts[reward.name]]
-        mixed += sum(0 < len(kept) < len(group) for kept, group in zip(groups, parts[reward.name], strict=True))
-        prefix = f"rewards/{reward.name}/"
-        metrics[prefix + "mean"] = statistics.fmean(numbers) if numbers else math.nan
-        metrics[prefix + "std"] = _std(numbers)
-        spreads = [_std(group) for group in groups if len(group) > 1]
-        metrics[prefix + "in_group_std"] = statistics.fmean(spreads) if spreads else 0.0
-        metrics[prefix + "none_frac"] = sum(value is None for value in column) / max(1, len(column))
-        metrics[prefix + "error_frac"] = sum(isinstance(value, Fault) for value in column) / max(1, len(column))
-    metrics["rewards/none_mixed_frac"] = mixed / max(1, len(rewards) * len(totals))
-    for log in logs:
-        metrics |= {f"rewards/{log.name}/{name}": statistics.fmean(v) for name, v in log.values.items()}
-        if log.dropped:
-            metrics[f"rewards/{log.name}/dropped_metrics"] = float(log.dropped)
+        value = values[reward.name][row]
+        if isinstance(value, float) and reward.weight:
+            terms.append(reward.weight * value)
+    return fsum(terms) if terms else None
+
+
+def _outcome_metrics(rewards: Sequence[Reward], calls: _Calls, num_completions: int) -> dict[str, float]:
+    """Shares of None, faults and completions without a reward, and what the functions logged."""
+    called = max(len(calls.samples), 1)
+    unscored = [
+        row not in calls.faults and _total(rewards, calls.values, row) is None for row in range(len(calls.samples))
+    ]
+    if any(unscored):
+        sample = calls.samples[unscored.index(True)]
+        warn_once(
+            rewards[0],
+            "unscored",
+            f"no reward function applies to prompt {sample.prompt.id} (all returned None); such completions leave the loss",
+        )
+    aborted = num_completions - len(calls.samples)
+    metrics = {
+        "rewards/invalid_frac": (len(calls.faults) + aborted) / max(num_completions, 1),
+        "rewards/unscored_frac": sum(unscored) / max(num_completions, 1),
+    }
+    for name, values in calls.values.items():
+        log = calls.logs[name]
+        metrics[f"rewards/{name}/none_frac"] = sum(value is None for value in values) / called
+        metrics[f"rewards/{name}/error_frac"] = sum(isinstance(value, Fault) for value in values) / called
+        metrics |= {f"rewards/{name}/metric/{key}": fsum(logged) / len(logged) for key, logged in log.metrics.items()}
+        if log.num_dropped:
+            metrics[f"rewards/{name}/dropped_metrics"] = float(log.num_dropped)
     return metrics
 
 
+def _value_metrics(totals: Grid, parts: Mapping[str, Grid]) -> dict[str, float]:
+    """Means and stds: of the totals, of each function over the step, and of each function inside the groups."""
+    metrics = _described("reward", "reward_std", _numbers(chain.from_iterable(totals)))
+    for name, part in parts.items():
+        prefix = f"rewards/{name}/"
+        metrics |= _described(prefix + "mean", prefix + "std", _numbers(chain.from_iterable(part)))
+        inside = [_std(numbers) for group in part if len(numbers := _numbers(group)) > 1]
+        if inside:
+            metrics[prefix + "in_group_std"] = fsum(inside) / len(inside)
+    return metrics
+
+
+def _none_mixed(rewards: Sequence[Reward], scored: ScoredRollouts, step: int) -> float:
+    """Share of groups in which a function gave None to some valid completions and numbers to others."""
+    mixed = [False] * len(scored.rewards)
+    for reward in rewards:
+        for p, (part, totals) in enumerate(zip(scored.parts[reward.name], scored.rewards, strict=True)):
+            kinds = {value is None for value, total in zip(part, totals, strict=True) if total is not None}
+            if reward.weight and len(kinds) == 2:
+                mixed[p] = True
+                prompt = scored.rollouts.prompts[p].id
+                warn_once(
+                    reward,
+                    "mixed",
+                    f"None for some completions of prompt {prompt} and numbers for others: totals on different "
+                    f"scales are compared (step {step})",
+                )
+    return sum(mixed) / max(len(mixed), 1)
+
+
+def _numbers(values: Any) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _described(mean: str, std: str, values: Sequence[float]) -> dict[str, float]:
+    found = {mean: fsum(values) / len(values)} if values else {}
+    return found | ({std: _std(values)} if len(values) > 1 else {})
+
+
 def _std(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    """Standard deviation with n − 1; exactly 0 for equal values, whose mean may be off by rounding."""
+    if min(values) == max(values):
+        return 0.0
+    mean = fsum(values) / len(values)
+    return sqrt(fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+# --- several batches of one step -----------------------------------------------------------------------------
+
+
+def merge_scored(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
+    """Batches of one step (refill rounds) as one: groups in order, statistics over all, shares weighted by size.
+
+    `policy_version` is that of the first.
+    """
+    first = batches[0]
+    sizes = [sum(len(group) for group in batch.rewards) for batch in batches]
+    columns = {
+        name: [
+            row
+            for batch in batches
+            for row in batch.columns.get(name) or [[None] * len(group) for group in batch.rewards]
+        ]
+        for name in dict.fromkeys(chain.from_iterable(batch.columns for batch in batches))
+    }
+    totals = [group for batch in batches for group in batch.rewards]
+    parts = {name: [group for batch in batches for group in batch.parts[name]] for name in first.parts}
+    rollouts = replace(
+        first.rollouts,
+        prompts=[prompt for batch in batches for prompt in batch.rollouts.prompts],
+        completions=[group for batch in batches for group in batch.rollouts.completions],
+    )
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(chain.from_iterable(batch.metrics for batch in batches)):
+        known = [
+            (batch.metrics[name], size) for batch, size in zip(batches, sizes, strict=True) if name in batch.metrics
+        ]
+        total = fsum(value * size for value, size in known)
+        counted = name.endswith("/dropped_metrics")
+        metrics[name] = fsum(value for value, _ in known) if counted else total / max(sum(size for _, size in known), 1)
+    return ScoredRollouts(rollouts, totals, parts, first.weights, columns, metrics | _value_metrics(totals, parts))
+
+
+def select_groups(scored: ScoredRollouts, groups: Sequence[int]) -> ScoredRollouts:
+    """The groups at these places, in this order. `metrics` stay those of everything that was sampled."""
+
+    def picked(grid: Sequence[Any]) -> list[Any]:
+        return [grid[group] for group in groups]
+
+    rollouts = replace(
+        scored.rollouts, prompts=picked(scored.rollouts.prompts), completions=picked(scored.rollouts.completions)
+    )
+    return replace(
+        scored,
+        rollouts=rollouts,
+        rewards=picked(scored.rewards),
+        parts={name: picked(part) for name, part in scored.parts.items()},
+        columns={name: picked(column) for name, column in scored.columns.items()},
+    )
+
+
+# --- when faults are too many --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Limits:
+    window: int = 512
+    invalid_share: float = 0.05
+    steps_without_group: int = 10
 
 
 class FaultBudget:
-    """Ends a run whose rewards mostly fail: above 5 % invalid of the last 512 completions (full), or 10 steps without a valid group."""
+    """Ends a run whose rewards keep failing: more than 5 % of 512 completions (25) invalid among the last 512, or 10
+    steps in a row without a group of two valid rewards. A completion to which no function applies is not a fault.
+    """
+
+    limits = _Limits()
 
     def __init__(self) -> None:
-        self.recent: list[bool] = []
-        self.steps_without_group = 0
+        self._invalid: deque[bool] = deque(maxlen=self.limits.window)
+        self._steps_without_group = 0
+        self._last = "every completion was without a reward"
 
     def check(self, scored: ScoredRollouts) -> None:
-        """Count a step's rewards. Raises RunError beyond the budget."""
-        valid = [[value is not None for value in group] for group in scored.rewards]
-        self.recent = (self.recent + [not ok for group in valid for ok in group])[-512:]
-        self.steps_without_group = 0 if any(sum(group) >= 2 for group in valid) else self.steps_without_group + 1
-        if len(self.recent) == 512 and sum(self.recent) > 0.05 * 512:
-            raise RunError(
-                f"rewards: {sum(self.recent)} of the last 512 completions have no valid reward (want at most 5 %)"
+        """Count one step. Raises `RewardError` when it exceeds the budget, naming the last fault."""
+        has_group = False
+        for p, (prompt, group) in enumerate(zip(scored.rollouts.prompts, scored.rewards, strict=True)):
+            has_group = has_group or len(_numbers(group)) >= 2
+            for g, completion in enumerate(scored.rollouts.completions[p]):
+                cause = self._cause(scored, p, g, completion.finish_reason)
+                self._invalid.append(cause is not None)
+                if cause is not None:
+                    self._last = f"{cause} (prompt {prompt.id}, generation {g})"
+        self._steps_without_group = 0 if has_group else self._steps_without_group + 1
+        invalid = sum(self._invalid)
+        if invalid > self.limits.invalid_share * self.limits.window:
+            raise RewardError(
+                f"rewards: {invalid} of the last {len(self._invalid)} completions are invalid "
+                f"(want at most {self.limits.invalid_share:.0%} of {self.limits.window}); the last: {self._last}"
             )
-        if self.steps_without_group >= 10:
-            raise RunError("rewards: 10 steps in a row without a group that has two valid rewards")
+        if self._steps_without_group >= self.limits.steps_without_group:
+            raise RewardError(
+                f"rewards: {self._steps_without_group} steps in a row had no group with two valid rewards; "
+                f"the last: {self._last}"
+            )
+
+    @staticmethod
+    def _cause(scored: ScoredRollouts, p: int, g: int, finish_reason: str) -> str | None:
+        if finish_reason not in ("stop", "length"):
+            return f"the engine ended it with {finish_reason!r}"
+        column = scored.columns.get(FAULT_COLUMN)
+        return None if column is None else column[p][g]
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        return {
+            "invalid": "".join("1" if invalid else "0" for invalid in self._invalid),
+            "steps_without_group": self._steps_without_group,
+            "last": self._last,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` returned."""
+        self._invalid = deque((flag == "1" for flag in state["invalid"]), maxlen=self.limits.window)
+        self._steps_without_group = state["steps_without_group"]
+        self._last = state["last"]

@@ -1,12 +1,13 @@
 """LoRA through peft: the only door to it. With the adapter off the same weights are the reference policy.
 
-Left out: merging. The base is never rewritten during training; a merged export is made from a copy.
+Left out: merging during training. The base is never rewritten then; only a saved adapter is merged at load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,13 @@ def add_adapter(model: nn.Module, config: AdapterConfig | Any) -> nn.Module:
         return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {clip(error, 200)}") from error
+
+
+def merged_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the adapter saved in `folder` added to its weights, W + s·B·A, rounded to their dtype."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().requires_grad_(True)
 
 
 def is_adapted(model: nn.Module) -> bool:

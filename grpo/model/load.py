@@ -5,6 +5,7 @@ Left out: architecture-specific code. A causal LM is what `AutoModelForCausalLM`
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from grpo.config import ModelConfig
 from grpo.errors import InputError, clip
+from grpo.model.adapter import merged_adapter
 
 
 def resolve_device(name: str) -> torch.device:
@@ -54,19 +56,31 @@ def load_tokenizer(config: ModelConfig) -> Any:
         ) from error
 
 
+def _base_source(config: ModelConfig) -> str:
+    """Where the base weights are: `name_or_path`, or what the adapter in that folder was trained on."""
+    folder = Path(config.name_or_path).expanduser()
+    adapter_file = folder / "adapter_config.json"
+    if adapter_file.is_file() and not (folder / "config.json").is_file():
+        return json.loads(adapter_file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return str(folder)
+
+
 def load_model_config(config: ModelConfig) -> Any:
     """The Hugging Face configuration alone (no weights): architecture and context length."""
     from transformers import AutoConfig
 
     _check_source(config)
     try:
-        return AutoConfig.from_pretrained(str(Path(config.name_or_path).expanduser()), **_where(config))
+        return AutoConfig.from_pretrained(_base_source(config), **_where(config))
     except (OSError, ValueError) as error:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
 
 
 def load_model(config: ModelConfig) -> nn.Module:
     """A causal LM in `config.dtype` on its device; NF4 with double quantisation when `load_in_4bit`.
+
+    A folder that holds only an adapter gives its base model with that adapter merged in, so that what was warmed up
+    is the reference of what follows.
 
     Raises:
         InputError: missing folder, unknown hub id, or a folder without weights, naming `model.name_or_path`.
@@ -83,9 +97,14 @@ def load_model(config: ModelConfig) -> nn.Module:
     if config.load_in_4bit:
         arguments |= {"quantization_config": _nf4(config), "device_map": {"": device}}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(Path(config.name_or_path).expanduser()), **arguments)
+        source = _base_source(config)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
+    if source != str(Path(config.name_or_path).expanduser()):
+        if config.load_in_4bit:
+            raise InputError("model.load_in_4bit is true (want a full model: an adapter is not merged into 4-bit weights)")
+        model = merged_adapter(model, Path(config.name_or_path).expanduser())
     if config.load_in_4bit:
         _keep_layout_on_cpu(model)
         return model

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from grpo.config import AdapterConfig
+from grpo.config import AdapterConfig, ModelConfig
 from grpo.errors import InputError
 from grpo.model.adapter import add_adapter
+from grpo.model.load import load_model
 from grpo.model.policy import Policy
 from grpo.packing import Document, pack_documents
 from tests.tiny import FAMILIES, tiny_gpt2, tiny_model
@@ -169,6 +170,23 @@ def test_recomputation_changes_no_bit():
     assert (once, twice) == (1, 2)  # it really recomputes
     assert plain.keys() == recomputed.keys()
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_a_saved_adapter_is_merged_at_load_and_starts_the_next_stage(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = load_model(ModelConfig(name_or_path=str(tmp_path / "base"), dtype="float32", device="cpu"))
+    adapted = add_adapter(base, AdapterConfig(r=4))
+    for parameter in Policy(adapted).trainable().values():
+        nn.init.normal_(parameter, std=0.2)
+    (batch,) = pack_documents(DOCUMENTS, 100)
+    with torch.no_grad():
+        wanted = Policy(adapted.eval()).logprobs(batch, 1.0).logprobs
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = load_model(ModelConfig(name_or_path=str(tmp_path / "adapter"), dtype="float32", device="cpu"))
+    policy = Policy(add_adapter(merged, AdapterConfig(r=2)).eval())
+    with policy.reference() as reference:
+        assert torch.allclose(reference.logprobs(batch, 1.0).logprobs, wanted, atol=1e-5)
+    assert all("lora" in name for name in policy.trainable())
 
 
 def test_users_own_peft_config_and_its_limits():
