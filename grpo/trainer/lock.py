@@ -43,7 +43,7 @@ class RunLock:
 
     def __enter__(self) -> Self:
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror} (want a run folder that can be locked)") from error
         try:
