@@ -96,7 +96,7 @@ def file_chunks(tensors: Mapping[str, Tensor], *, finite: bool = False) -> Itera
         flat = tensor.detach().reshape(-1)
         length = _CHUNK // flat.element_size()
         for start in range(0, flat.numel(), length):
-            part = flat[start : start + length].cpu()
+            part = flat[start : start + length].cpu().contiguous()
             if finite and not _all_finite(part):
                 raise RunError(f"{name} has values that are not finite (NaN or infinity)")
             yield _memory(part)
@@ -216,7 +216,8 @@ def _layout(header: dict[str, Any], size: int) -> list[tuple[str, torch.dtype, l
 
 def _memory(flat: Tensor) -> memoryview:
     """The bytes of a contiguous [N] CPU tensor, not copied."""
-    return flat.view(torch.uint8).numpy().data
+    dense = flat.as_strided(flat.shape, (1,))  # one element may have any stride and still be contiguous
+    return dense.view(torch.uint8).numpy().data
 
 
 def _all_finite(tensor: Tensor) -> bool:
