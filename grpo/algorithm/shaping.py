@@ -74,7 +74,7 @@ def entropy_quantile(entropies: Tensor | Sequence[Tensor], top_entropy_quantile:
         return torch.tensor(float("-inf"))
     # by sorting: torch.quantile refuses more than 2^24 values
     ordered = values.sort().values
-    place = (1 - top_entropy_quantile) * (ordered.numel() - 1)
+    place = round((1 - top_entropy_quantile) * (ordered.numel() - 1), 9)  # 0.3 · 10 is a whole number
     below, share = int(place), place - int(place)
     above = min(below + 1, ordered.numel() - 1)
     return torch.lerp(ordered[below], ordered[above], share)

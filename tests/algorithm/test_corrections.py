@@ -64,6 +64,8 @@ def test_missing_sampler_logprob_has_weight_one_and_is_counted(bad, kind, level)
     known[[1, 6]] = False
     difference = (case.logprobs - case.sampler)[known].abs()
     assert abs(metrics["sampling/sampling_logp_difference/mean"] - float(difference.mean())) < 1e-12
+    rho = (case.logprobs - case.sampler)[known].exp()
+    assert abs(metrics["sampling/ess"] - float(rho.sum() ** 2 / (6 * rho.square().sum()))) < 1e-12
 
 
 def test_sum_and_mean_thresholds_differ_by_length():

@@ -108,6 +108,16 @@ def test_entropy_quantile(quantile):
             assert abs(float(threshold) - float(torch.quantile(values, 1 - quantile))) < 1e-9
 
 
+def test_bonus_divides_by_the_tokens_it_acts_on():
+    """Also where (1 − q)·(N − 1) is a whole number that floats miss: 0.3 · 10 = 3 + 4e-16."""
+    case = make_case(2, [6, 5], masked=False)
+    for quantile in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        by_entropy = run("dapo", case, top_entropy_quantile=quantile, entropy_coef=1.0)[2]
+        kept = by_entropy != 0
+        assert int(kept.sum()) == round(quantile * 10) + 1
+        assert (by_entropy[kept] + 1 / (round(quantile * 10) + 1)).abs().max() < 1e-12
+
+
 def test_top_entropy_leaves_kl_and_divisors():
     case = make_case(2, [6, 5], masked=False)
     zero = replace(case, advantages=torch.zeros(11, dtype=torch.float64))
