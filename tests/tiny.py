@@ -23,7 +23,7 @@ FAMILIES = {
 def tiny_model(family="qwen3", *, vocab_size=VOCABULARY, dtype=torch.float32, seed=0, **changes):
     """A two-layer model of `family` with random weights large enough that logits are far from uniform."""
     name, extra = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(
+    values = dict(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
@@ -35,8 +35,8 @@ def tiny_model(family="qwen3", *, vocab_size=VOCABULARY, dtype=torch.float32, se
         eos_token_id=1,
         pad_token_id=0,
         initializer_range=0.3,
-        **{**extra, **changes},
     )
+    config = getattr(transformers, f"{name}Config")(**{**values, **extra, **changes})
     torch.manual_seed(seed)
     return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
 
