@@ -249,7 +249,7 @@ class BaseTrainer:
                     keep=self.config.checkpoint.keep,
                 )
             except SaveError as error:
-                self.say(f"checkpoint of step {self.step} was not saved, the last good one stays: {clip(error, 200)}")
+                self.say(f"warning: {clip(error, 300)}; the run goes on, the last whole checkpoint stays")
             with suppress(OSError):
                 write_report(self.folder.path)
 

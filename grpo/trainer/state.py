@@ -6,6 +6,7 @@ back last, since building anything may draw from them. Left out: the format on d
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable, Mapping
@@ -127,7 +128,9 @@ def _buffer_facts(trainer: Any) -> Any:
     buffer: RolloutBuffer | None = trainer.buffer
     if buffer is None:
         return None
-    return {"totals": vars(buffer.totals), "metrics": buffer.metrics, "iteration": buffer.iteration}
+    # JSON has no NaN: what was not measured comes back as one
+    metrics = {name: value if math.isfinite(value) else None for name, value in buffer.metrics.items()}
+    return {"totals": vars(buffer.totals), "metrics": metrics, "iteration": buffer.iteration}
 
 
 def _load_buffer_facts(trainer: Any, facts: Any) -> None:
@@ -135,9 +138,8 @@ def _load_buffer_facts(trainer: Any, facts: Any) -> None:
         trainer.buffer = None
         return
     buffer = trainer.buffer or RolloutBuffer([], Totals(0, 0, 0), {})
-    trainer.buffer = replace(
-        buffer, totals=Totals(**facts["totals"]), metrics=facts["metrics"], iteration=facts["iteration"]
-    )
+    metrics = {name: math.nan if value is None else value for name, value in facts["metrics"].items()}
+    trainer.buffer = replace(buffer, totals=Totals(**facts["totals"]), metrics=metrics, iteration=facts["iteration"])
 
 
 # --- generators ----------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grpo.trainer.checkpoint import newest_checkpoint
 
 from grpo import GRPOConfig, GRPOTrainer, InputError, SFTConfig, SFTTrainer
+from grpo.trainer.checkpoint import newest_checkpoint
 from grpo.trainer.state import capture
 from tests.tiny import tiny_model, tokenizer
 
