@@ -6,38 +6,21 @@ Three things never mix. None: the function does not apply, the sum runs over the
 |r| > 1e6, a wrong type or length): with `on_error: raise` the run ends in one line; with `none` the whole completion
 has no reward, whatever the other functions say, and it is never 0. A completion that the engine did not finish (abort,
 error) is shown to no function and has no reward. A completion without a reward leaves loss and baseline.
-Left out: timeouts, worker processes and sandboxes (every function runs inline, see reward_calls.py).
+Left out: timeouts, worker processes and sandboxes (every function runs inline).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import fsum, sqrt
 from typing import Any, Literal
 
 from grpo.batch import Rollouts, ScoredRollouts
-from grpo.reward_calls import (
-    Fault,
-    Log,
-    RewardWarning,
-    Sample,
-    TrainerState,
-    arguments,
-    gather,
-    guarded,
-    preserved_generators,
-    seed_generators,
-    split_score,
-    to_number,
-    to_values,
-    warn_once,
-    watched_process,
-)
+from grpo.reward_calls import Calls, Sample, TrainerState, Value
+from grpo.reward_isolation import Fault, RewardWarning, preserved_generators, warn_once
 from grpo.reward_loading import Reward, RewardError, check_columns, load_reward_states, load_rewards, reward_states
 
 __all__ = [
@@ -55,7 +38,6 @@ __all__ = [
 ]
 
 FAULT_COLUMN = "fault"
-Value = float | None | Fault
 Grid = list[list[float | None]]  # [P][G]
 
 
@@ -98,7 +80,7 @@ def score(
         for generation, completion in enumerate(group)
     ]
     finished = [place for place, sample in enumerate(flat) if sample.completion.finish_reason in ("stop", "length")]
-    calls = _Calls(
+    calls = Calls(
         [flat[place] for place in finished], step, TrainerState(max(step - 1, 0), max_steps, epoch), on_error, seed
     )
     if finished:
@@ -109,102 +91,10 @@ def score(
     return _assembled(rollouts, rewards, calls, finished)
 
 
-class _Calls:
-    """The calls of one step and their outcomes; `values[name]` has one per finished completion."""
-
-    def __init__(
-        self, samples: Sequence[Sample], step: int, state: TrainerState, on_error: Literal["raise", "none"], seed: int
-    ) -> None:
-        self.samples = samples
-        self.step = step
-        self.state = state
-        self.on_error = on_error
-        self.seed = seed
-        self.values: dict[str, list[Value]] = {}
-        self.logs: dict[str, Log] = {}
-        self.faults: dict[int, str] = {}  # row -> its first fault, with the function's label
-        self._waiting: list[tuple[Reward, Sequence[int], Any]] = []  # (function, rows, awaitable)
-
-    def call(self, reward: Reward) -> None:
-        """One call (batch) or one per completion (sample)."""
-        count = len(self.samples)
-        self.values[reward.name] = [None] * count
-        self.logs[reward.name] = Log(reward, count)
-        every = [range(count)] if reward.kind == "batch" else [range(row, row + 1) for row in range(count)]
-        with watched_process([reward]):
-            for rows in every:
-                result = guarded(self._invoke, reward, rows)
-                if inspect.isawaitable(result):
-                    self._waiting.append((reward, rows, result))
-                else:
-                    self._settle(reward, rows, result)
-
-    def _invoke(self, reward: Reward, rows: Sequence[int]) -> Any:
-        samples = [self.samples[row] for row in rows]
-        given = arguments(reward, samples, self.state, self.logs[reward.name], rows[0])
-        first = samples[0]
-        seed_generators(
-            self.seed, "reward", reward.name, self.step, first.prompt.epoch, first.prompt.id, first.generation
-        )
-        return reward.function(**given)
-
-    def await_all(self) -> None:
-        """Run what async functions have returned, all together."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return
-        seed_generators(self.seed, "reward", "async", self.step)
-        with watched_process([reward for reward, _, _ in waiting]):
-            results = gather([awaitable for _, _, awaitable in waiting])
-        for (reward, rows, _), result in zip(waiting, results, strict=True):
-            self._settle(reward, rows, result)
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Close coroutines that were never awaited, when the step ends early."""
-        try:
-            yield
-        finally:
-            for _, _, awaitable in self._waiting:
-                if inspect.iscoroutine(awaitable):
-                    awaitable.close()
-
-    def _settle(self, reward: Reward, rows: Sequence[int], result: Any) -> None:
-        """Take a call's result apart. Reading it may run user code too, so that is guarded as well."""
-        if reward.kind == "batch" and not isinstance(result, Fault):
-            result = guarded(to_values, result, len(rows))
-        elements = [result] * len(rows) if isinstance(result, Fault) or reward.kind == "sample" else result
-        for row, element in zip(rows, elements, strict=True):
-            value = element if isinstance(element, Fault) else guarded(self._number, reward, row, element)
-            self.values[reward.name][row] = value
-            if isinstance(value, Fault):
-                self._record(reward, rows, row, value)
-
-    def _number(self, reward: Reward, row: int, element: Any) -> Value:
-        value, notes = split_score(element)
-        self.logs[reward.name].notes(row, notes)
-        return to_number(value)
-
-    def _record(self, reward: Reward, rows: Sequence[int], row: int, fault: Fault) -> None:
-        if self.on_error == "raise":
-            where = self._place(rows if fault.on_call else [row])
-            raise RewardError(f"{reward.label}: {fault.text} (step {self.step}, {where})") from fault.error
-        self.faults.setdefault(row, f"{reward.label}: {fault.text}")
-
-    def _place(self, rows: Sequence[int]) -> str:
-        if len(rows) == 1:
-            sample = self.samples[rows[0]]
-            return f"prompt {sample.prompt.id}, generation {sample.generation}"
-        prompts = list(dict.fromkeys(str(self.samples[row].prompt.id) for row in rows))
-        if len(prompts) == 1:
-            return f"prompt {prompts[0]}"
-        return f"prompts {', '.join(prompts[:3])}{', …' if len(prompts) > 3 else ''}"
-
-
 # --- from outcomes to ScoredRollouts -------------------------------------------------------------------------
 
 
-def _assembled(rollouts: Rollouts, rewards: Sequence[Reward], calls: _Calls, finished: Sequence[int]) -> ScoredRollouts:
+def _assembled(rollouts: Rollouts, rewards: Sequence[Reward], calls: Calls, finished: Sequence[int]) -> ScoredRollouts:
     sizes = [len(group) for group in rollouts.completions]
 
     def placed(values: Sequence[Any]) -> list[list[Any]]:
@@ -240,7 +130,7 @@ def _total(rewards: Sequence[Reward], values: Mapping[str, Sequence[Value]], row
     return fsum(terms) if terms else None
 
 
-def _outcome_metrics(rewards: Sequence[Reward], calls: _Calls, num_completions: int) -> dict[str, float]:
+def _outcome_metrics(rewards: Sequence[Reward], calls: Calls, num_completions: int) -> dict[str, float]:
     """Shares of None, faults and completions without a reward, and what the functions logged."""
     called = max(len(calls.samples), 1)
     unscored = [
@@ -251,7 +141,8 @@ def _outcome_metrics(rewards: Sequence[Reward], calls: _Calls, num_completions: 
         warn_once(
             rewards[0],
             "unscored",
-            f"no reward function applies to prompt {sample.prompt.id} (all returned None); such completions leave the loss",
+            f"no function applies to prompt {sample.prompt.id} (all returned None); such completions leave the loss",
+            label="rewards",
         )
     aborted = num_completions - len(calls.samples)
     metrics = {

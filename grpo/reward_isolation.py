@@ -1,0 +1,150 @@
+"""What a reward function may do to the run: nothing. Its exceptions become faults, its random numbers are its own.
+
+Left out: timeouts, worker processes and sandboxes. Every function runs inline, in the process of the run; one that
+never returns holds it up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo.reward_loading import Reward, describe
+from grpo.seeds import seed_for
+
+
+class RewardWarning(UserWarning):
+    """Something about a reward function that the run survives. Given once per function and kind."""
+
+
+def warn_once(reward: Reward, kind: str, text: str, label: str | None = None) -> None:
+    """Warn about `reward` (or what `label` names), once per `kind` in a run."""
+    if kind not in reward.warned:
+        reward.warned.add(kind)
+        warnings.warn(f"{label or reward.label}: {text}", RewardWarning, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a completion has no value. `on_call`: the whole call failed, not one of its values."""
+
+    text: str
+    on_call: bool = False
+    error: BaseException | None = None
+
+
+def guarded(action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `action` returns, or a `Fault`. Only KeyboardInterrupt passes: `sys.exit()` in a reward is an error."""
+    try:
+        return action(*args, **kwargs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the boundary to user code; GeneratorExit and CancelledError come here too
+        return Fault(f"raised {describe(error)}", on_call=True, error=error)
+
+
+# --- what it may not disturb ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Put the global generators of Python, numpy and torch (CPU and used GPUs) back as they were found.
+
+    torch is never imported here: where nobody has, there is no generator to disturb.
+    """
+    torch = sys.modules.get("torch")
+    python, numpy_state = random.getstate(), np.random.get_state()
+    cpu = torch.get_rng_state() if torch is not None else None
+    cuda = torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        if torch is not None and cpu is not None:
+            torch.set_rng_state(cpu)
+        if torch is not None and cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_generators(*key: int | str) -> None:
+    """Start the global CPU generators at a function of `key`: what a reward draws is then the same after a resume."""
+    seed = seed_for(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPUs as well
+
+
+@contextmanager
+def watched_process(rewards: Sequence[Reward]) -> Iterator[None]:
+    """Put the working directory back when a reward changed it, and warn; only warn of environment variables."""
+    folder, environment = _working_directory(), dict(os.environ)
+    try:
+        yield
+    finally:
+        now = _working_directory()
+        if folder is not None and now != folder:
+            os.chdir(folder)
+            warn_once(rewards[0], "cwd", f"changed the working directory to {now} (put back)")
+        if environment != dict(os.environ):
+            names = sorted({*environment.items()} ^ {*os.environ.items()})
+            shown = ", ".join(dict.fromkeys(name for name, _ in names))
+            warn_once(rewards[0], "environment", f"changed environment variables: {describe(shown)} (left as they are)")
+
+
+def _working_directory() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # the folder was removed
+        return None
+
+
+# --- async functions -----------------------------------------------------------------------------------------
+
+
+def gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Await all together, in a new event loop: the result or a `Fault` of each, in order.
+
+    In a notebook, whose own loop is running in this thread, the new one runs in a thread of its own.
+    """
+    results: list[Any] = [None] * len(awaitables)
+    done: set[int] = set()
+
+    async def settle(place: int) -> None:
+        try:
+            results[place] = await awaitables[place]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the boundary to user code
+            results[place] = Fault(f"raised {describe(error)}", on_call=True, error=error)
+        done.add(place)
+
+    async def everything() -> None:
+        await asyncio.gather(*(settle(place) for place in range(len(awaitables))))
+
+    ended = guarded(_run, everything)
+    if isinstance(ended, Fault):  # a task that the function started itself has torn the loop down
+        results = [result if place in done else ended for place, result in enumerate(results)]
+    return results
+
+
+def _run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main())
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(lambda: asyncio.run(main())).result()
