@@ -27,7 +27,7 @@ from grpo.model.load import (
 )
 from grpo.model.policy import Policy
 from grpo.rollout.hf_engine import HFEngine
-from grpo.scoring import Reward, load_rewards
+from grpo.scoring import Reward, check_columns, load_rewards
 from grpo.seeds import seed_for
 from grpo.trainer.console import Console
 
@@ -71,6 +71,8 @@ def build_parts(
         eval_prompts, eval_notes = build_prompts(eval_table, tokenizer, config.data, field="data.eval", room=room)
         notes += eval_notes
     rewards = _rewards(config, reward_funcs, set(prompts[0].example))
+    if eval_prompts:
+        check_columns(rewards, set(eval_prompts[0].example), "data.eval")
     policy = build_policy(config, model, peft_config, keep_reference=config.objective.beta > 0)
     for line in notes:
         console.say(line)

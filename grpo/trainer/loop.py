@@ -22,12 +22,11 @@ from grpo.errors import InputError, RunError
 from grpo.evaluate import evaluate_rollouts
 from grpo.packing import pack
 from grpo.rollout.engine import RolloutEngine, Sampling
-from grpo.scoring import FaultBudget, score
+from grpo.scoring import FaultBudget, merge_scored, score, select_groups
 from grpo.seeds import seed_for
 from grpo.trainer.base import BaseTrainer, default_console
 from grpo.trainer.build import build_parts
 from grpo.trainer.console import Console
-from grpo.trainer.groups import merge_scored, select_groups
 from grpo.trainer.kl_reward import is_token_wise, measure_k1, penalized_advantages, with_token_returns
 from grpo.trainer.metrics import completion_metrics
 from grpo.trainer.state import Item, common_items, generator_items, rollout_items
@@ -105,7 +104,7 @@ class GRPOTrainer(BaseTrainer):
         metrics = {**buffer.metrics, **self._count(result, _fault_tensors(buffer))}
         self._check_progress(buffer)
         self.buffer = buffer if buffer.iteration < self.config.objective.num_iterations else None
-        return {"kl": None, "entropy": None, **metrics}
+        return {"reward": None, "reward_std": None, "kl": None, "entropy": None, **metrics}
 
     def _collect(self) -> RolloutBuffer:
         config = self.config

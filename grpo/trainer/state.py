@@ -217,6 +217,12 @@ def rollout_items() -> list[Item]:
         _attribute("policy_version", "engine", "policy_version"),
         _attribute("empty_in_a_row", "empty_in_a_row"),
         Item(
+            "fault_budget",
+            None,
+            lambda trainer: trainer.fault_budget.state_dict(),
+            lambda trainer, value: trainer.fault_budget.load_state_dict(value),
+        ),
+        Item(
             "rewards",
             None,
             lambda trainer: reward_states(trainer.rewards),

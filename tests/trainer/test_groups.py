@@ -7,7 +7,7 @@ import torch
 
 from grpo.algorithm import group_advantages
 from grpo.batch import Completion, Prompt, Rollouts, ScoredRollouts
-from grpo.trainer.groups import merge_scored, select_groups
+from grpo.scoring import merge_scored, select_groups
 from tests.trainer.test_update import make_trainer
 
 

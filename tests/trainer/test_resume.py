@@ -131,7 +131,7 @@ def scrambled(folder):
 
 
 ITEMS = ["weights", "optimizer", "step", "schedule", "cursor", "num_tokens", "buffer", "buffer_facts", "policy_version",
-         "rewards", "generators"]  # fmt: skip
+         "rewards", "fault_budget", "generators"]  # fmt: skip
 
 
 @pytest.mark.parametrize("item", [None, *ITEMS, "metrics_bytes"])
@@ -179,8 +179,7 @@ def test_every_generator_is_needed(tmp_path, part, monkeypatch):
 
 def test_the_list_of_items_above_is_complete(tmp_path):
     names = {item.name for item in make(tmp_path / "run").items()}
-    assert names == {*ITEMS, "nonfinite_in_a_row", "empty_in_a_row", "faults"} & names | set(ITEMS)
-    assert names - set(ITEMS) <= {"nonfinite_in_a_row", "empty_in_a_row", "faults"}
+    assert names == {*ITEMS, "nonfinite_in_a_row", "empty_in_a_row"}  # those two: test_counters_survive
 
 
 @pytest.mark.parametrize(("name", "value"), [("nonfinite_in_a_row", 2), ("empty_in_a_row", 9)])
