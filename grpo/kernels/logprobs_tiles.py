@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MIB = 2**20
-TILE_ELEMENTS = 8 * MIB  # n·w: 32 MiB of float32 logits stay in the 50 MiB L2 of an H100
 SUM_ELEMENTS = 4 * MIB  # n·H: fills the GPU with one wave of output tiles in the product with W
-MAX_COLUMNS = 8192  # w: a row of a tile is one block of the Triton steps
+MAX_COLUMNS = 8192  # w
 MIN_COLUMNS = 1024
 ROW_RANGE = (512, 4096)  # n
 
@@ -80,8 +79,8 @@ class Chunk:
 
 
 class Steps(Protocol):
-    """What a twin has to bring. A tile holds raw logits h·W [n, w] of columns first … first + w and may be overwritten.
-    `product` [n, w] in operand_dtype is what will be multiplied with W; it lies over the tile's own memory."""
+    """What a twin has to bring. A tile holds raw logits h·W [n, w] of columns first … first + w and may be overwritten;
+    `product` [n, w] in operand_dtype, of equal strides, is what will be multiplied with W."""
 
     def fold(
         self, tile: Tensor, product: Tensor | None, first: int, bias: Tensor | None, call: HeadCall, chunk: Chunk
@@ -106,22 +105,21 @@ class Steps(Protocol):
         """Write D = ∂(Σ c·logp + e·entropy)/∂(h·W) to `product`, from the finished statistics in `out`."""
 
 
-def tile_shape(hidden_size: int, vocabulary: int, chunk_mb: float, itemsize: int = 4) -> tuple[int, int]:
-    """Rows n and columns w of the tile of logits, so that n·(w + H) elements take at most `chunk_mb` MiB.
+def tile_shape(hidden_size: int, vocabulary: int, chunk_mb: float, bytes_per_logit: int = 6) -> tuple[int, int]:
+    """Rows n and columns w of the tile of logits, so that n·(w + H)·bytes_per_logit stay within `chunk_mb` MiB.
 
-    Within that limit: n·H about 4M (the product with W fills a GPU), n·w at most 8M (the tile stays in L2). Under a
-    tighter limit first w shrinks to 1024, then n, in steps of 128 as long as that leaves any, to 1 at last, which is
-    used even where it does not fit.
+    (Logits in float32 and E in 16 bits are 6 bytes; so are the sum and W_y, [n, H].) Within that limit n·H is about 4M,
+    which fills a GPU in the product with W. Under a tighter one first w shrinks to 1024, then n, in steps of 128 as
+    long as that leaves any, to 1 at last, which is used even where it does not fit.
 
     Raises:
         ValueError: chunk_mb is not a positive number.
     """
     if not chunk_mb > 0:
         raise ValueError(f"chunk_mb: {chunk_mb} (want a positive number of MiB)")
-    limit = int(chunk_mb * MIB // itemsize)
+    limit = int(chunk_mb * MIB // bytes_per_logit)
     rows = min(max(_down(SUM_ELEMENTS // max(hidden_size, 1), 128), ROW_RANGE[0]), ROW_RANGE[1])
-    width = -(-vocabulary // 64) * 64
-    columns = min(TILE_ELEMENTS // rows, MAX_COLUMNS, width)
+    columns = min(MAX_COLUMNS, -(-vocabulary // 64) * 64)
     if rows * (columns + hidden_size) > limit:
         columns = min(max(_down(limit // rows - hidden_size, 64), MIN_COLUMNS), columns)
         fitting = min(limit // (columns + hidden_size), rows)
@@ -130,9 +128,9 @@ def tile_shape(hidden_size: int, vocabulary: int, chunk_mb: float, itemsize: int
 
 
 def scratch_bytes(hidden_size: int, vocabulary: int, chunk_mb: float = 512) -> int:
-    """Bytes a frozen-head call with 16-bit operands allocates beside its [N] and [N, H] results: tile, sum, W_y."""
+    """Bytes a frozen-head call with 16-bit operands allocates beside its [N] and [N, H] results: tile, E, sum, W_y."""
     rows, columns = tile_shape(hidden_size, vocabulary, chunk_mb)
-    return rows * (4 * columns + 6 * hidden_size + 16)
+    return rows * (6 * columns + 6 * hidden_size + 16)
 
 
 def _down(value: int, step: int) -> int:
@@ -238,12 +236,13 @@ class _HeadGradients:
         out: TokenLogprobs,
         given: Coefficients,
     ) -> None:
-        scratch = Scratch.allocate(hidden, call, with_sum=self.hidden is not None)
+        scratch = Scratch.allocate(hidden, call, with_product=True, with_sum=self.hidden is not None)
         parts = _parts(weight, call)
         for chunk in scratch.chunks(hidden, call):
             for first, part in parts:
                 part = call.operand(part)
                 tile, product = scratch.views(len(chunk.hidden), len(part))
+                assert product is not None
                 _logits(chunk.hidden, part, tile)
                 call.steps.gradient(tile, product, first, bias, call, chunk, out, given)
                 columns = slice(first, first + len(part))
@@ -262,14 +261,14 @@ class Scratch:
     """Memory that every chunk of a call uses again."""
 
     tile: Tensor  # [n, w] in tile_dtype
-    product: Tensor  # [n, w] in operand_dtype, each row starting where the tile's row starts
+    product: Tensor | None  # [n, w] in operand_dtype
     summed: Tensor | None
     running: Tensor
     running_start: Tensor  # [4, 1]
-    cached: dict[tuple[int, int], tuple[Tensor, Tensor]]
+    cached: dict[tuple[int, int], tuple[Tensor, Tensor | None]]
 
     @staticmethod
-    def allocate(hidden: Tensor, call: HeadCall, *, with_sum: bool) -> Scratch:
+    def allocate(hidden: Tensor, call: HeadCall, *, with_product: bool, with_sum: bool) -> Scratch:
         """Uninitialised."""
 
         def empty(*shape: int) -> Tensor:
@@ -281,7 +280,7 @@ class Scratch:
         start = torch.tensor([[torch.finfo(call.tile_dtype).min], [0.0], [0.0], [-torch.inf]], dtype=call.tile_dtype)
         return Scratch(
             tile=tile,
-            product=_over(tile, call.operand_dtype),
+            product=torch.empty_like(tile, dtype=call.operand_dtype) if with_product else None,
             summed=empty(rows, hidden.shape[1]) if with_sum else None,
             running=empty(4, rows),
             running_start=start.to(hidden.device, non_blocking=True),
@@ -297,11 +296,12 @@ class Scratch:
             running = self.running[:, :count].copy_(self.running_start)
             yield Chunk(rows, call.operand(hidden[rows]), running, None if self.summed is None else self.summed[:count])
 
-    def views(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    def views(self, rows: int, width: int) -> tuple[Tensor, Tensor | None]:
         """Tile and product of this size. Cached: a launch costs little more than such a slice."""
         key = (rows, width)
         if key not in self.cached:
-            self.cached[key] = (self.tile[:rows, :width], self.product[:rows, :width])
+            product = None if self.product is None else self.product[:rows, :width]
+            self.cached[key] = (self.tile[:rows, :width], product)
         return self.cached[key]
 
 
@@ -312,15 +312,15 @@ def _score(
     hidden, weight = hidden.detach(), weight.detach()
     bias = None if bias is None else bias.detach()
     out = _empty_outputs(hidden, call)
-    scratch = Scratch.allocate(hidden, call, with_sum=u is not None)
+    scratch = Scratch.allocate(hidden, call, with_product=u is not None, with_sum=u is not None)
     parts = _parts(weight, call)
     for chunk in scratch.chunks(hidden, call):
         for first, part in parts:
             part = call.operand(part)
             tile, product = scratch.views(len(chunk.hidden), len(part))
             _logits(chunk.hidden, part, tile)
-            call.steps.fold(tile, product if u is not None else None, first, bias, call, chunk)
-            if chunk.summed is not None:
+            call.steps.fold(tile, product, first, bias, call, chunk)
+            if chunk.summed is not None and product is not None:
                 _accumulate(chunk.summed, product, part, first=first == 0)
         chosen = None
         if u is not None:
@@ -333,13 +333,6 @@ def _score(
 def _parts(weight: Tensor, call: HeadCall) -> list[tuple[int, Tensor]]:
     """(first column, W[first : first + w]) of every vocabulary tile."""
     return [(first, weight[first : first + call.tile[1]]) for first in range(0, len(weight), call.tile[1])]
-
-
-def _over(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, w] of `dtype` in the tile's own memory, each row starting where the tile's row starts."""
-    ratio = tile.dtype.itemsize // dtype.itemsize
-    storage = torch.empty(0, dtype=dtype, device=tile.device).set_(tile.untyped_storage())
-    return storage.as_strided(tile.shape, (tile.stride(0) * ratio, 1))
 
 
 def _logits(hidden: Tensor, part: Tensor, tile: Tensor) -> None:

@@ -1,10 +1,12 @@
 """The Triton twin of the three steps of token log-probs: one program per row (mathematics: logprobs.py).
 
-A row of a tile is one block, held in registers between its only read and the store that overwrites it, so a step moves
-6 bytes per logit (4 without a product to follow), all of it in L2. A 16-bit result lies in the same bytes as the
-float32 row it came from, at half the stride: one barrier keeps a program's stores behind all of its loads.
+Everything streams: a row of a tile is read once, E is taken against the maximum r that the tiles before left behind,
+and the sums stay in registers until the row's end, so that nothing waits inside the loop. Only where that r proves too
+small (the first tile, or a sum beyond LIMIT) is the row's maximum looked for and the row done again. 6 bytes move per
+logit, 4 without a product to follow.
 
-Left out: float64 (the torch twin has it), the GEMMs (cuBLAS is the faster kernel).
+Left out: float64 (the torch twin has it), the GEMMs (cuBLAS is the faster kernel), writing E over the logits it came
+from (it would save a third of the scratch memory, need a barrier per block, and leave nothing to do again).
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from grpo.kernels.logprobs_tiles import Chunk, Coefficients, HeadCall, TokenLogprobs
 
-WIDE_BLOCK = 1024  # columns of [n, H] sums handled at once
-# r follows the running maximum only when that rises by more than this: E ≤ e^4, and sums are hardly ever rescaled.
-SLACK = tl.constexpr(4.0)
+BLOCK = 2048  # columns handled at once
+NUM_WARPS = 4
+WIDE_BLOCK = 1024  # the same for rows of [n, H]
+LIMIT = tl.constexpr(32768.0)  # of Σ E in one tile: beyond it r has to rise
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -51,25 +55,32 @@ def _expm1(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_logits(  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    tile_row, bias_ptr, columns, width, logit_scale, softcap, temperature,
-    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+def _process(  # type: ignore[no-untyped-def]
+    z, logit_scale, softcap, temperature, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr  # noqa: N803
 ):  # fmt: skip
-    """One row of a tile as (a, 1 − tanh²); a is −inf outside it."""
-    inside = columns < width
-    z = tl.load(tile_row + columns) if FULL else tl.load(tile_row + columns, mask=inside, other=float("-inf"))
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    slope = tl.full(z.shape, 1.0, tl.float32)
+    """h·W + b as (a, 1 − tanh²)."""
+    slope = 1.0
     if HAS_SOFTCAP:
         bounded = _tanh(z * (logit_scale / softcap))
         slope = 1 - bounded * bounded
         z = bounded * (softcap / temperature)
     elif HAS_SCALE:
         z *= logit_scale / temperature
-    if (HAS_SOFTCAP or HAS_SCALE) and not FULL:
-        z = tl.where(inside, z, float("-inf"))
     return z, slope
+
+
+@triton.jit
+def _load_logits(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    tile_row, bias_ptr, columns, width, logit_scale, softcap, temperature,
+    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """One block of a row as (a, 1 − tanh²); a is −inf outside the tile."""
+    inside = columns < width
+    z = tl.load(tile_row + columns) if FULL else tl.load(tile_row + columns, mask=inside, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    a, slope = _process(z, logit_scale, softcap, temperature, HAS_SCALE, HAS_SOFTCAP)
+    return a if FULL else tl.where(inside, a, float("-inf")), slope
 
 
 @triton.jit
@@ -79,54 +90,132 @@ def _local_target(targets_ptr, row, first, width):  # type: ignore[no-untyped-de
     return tl.where((target >= 0) & (target < width), target, -1).to(tl.int32)
 
 
+@triton.jit
+def _row_max(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    tile_row, bias_ptr, width, logit_scale, softcap, temperature,
+    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    # Finite: in a tile of banned tokens −inf − (−inf) would be NaN.
+    best = tl.full([BLOCK], LOWEST, tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        a, _ = _load_logits(
+            tile_row,
+            bias_ptr,
+            columns,
+            width,
+            logit_scale,
+            softcap,
+            temperature,
+            FULL,
+            HAS_BIAS,
+            HAS_SCALE,
+            HAS_SOFTCAP,
+        )
+        best = tl.maximum(best, a)
+    return tl.max(best, 0)
+
+
+@triton.jit
+def _row_sums(  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    tile_row, product_row, bias_ptr, peak, target, width, logit_scale, softcap, temperature,
+    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
+    WITH_ENTROPY: tl.constexpr, WITH_PRODUCT: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Σ E and Σ E·(a − r) of a row; stores j·E."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        a, slope = _load_logits(
+            tile_row,
+            bias_ptr,
+            columns,
+            width,
+            logit_scale,
+            softcap,
+            temperature,
+            FULL,
+            HAS_BIAS,
+            HAS_SCALE,
+            HAS_SOFTCAP,
+        )
+        e = tl.where(columns == target, 0.0, tl.exp(a - peak))
+        sums += e
+        if WITH_ENTROPY:
+            weighted += tl.where(e > 0, e * (a - peak), 0.0)
+        if WITH_PRODUCT:
+            product = (e * slope).to(product_row.dtype.element_ty)
+            if FULL:
+                tl.store(product_row + columns, product)
+            else:
+                tl.store(product_row + columns, product, mask=columns < width)
+    return tl.sum(sums, 0), tl.sum(weighted, 0)
+
+
+@triton.jit
+def _rescale(row_ptr, size, factor, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    for start in range(0, size, WIDE):
+        wide = start + tl.arange(0, WIDE)
+        old = tl.load(row_ptr + wide, mask=wide < size, other=0.0)
+        tl.store(row_ptr + wide, old * factor, mask=wide < size)
+
+
 @triton.jit(do_not_specialize=["row_start"])
 def _fold_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are compiled away
     tile_ptr, product_ptr, bias_ptr, targets_ptr, temperature_ptr, running_ptr, summed_ptr,
-    row_start, first, width, tile_stride, product_stride, running_stride, hidden_size,
-    temperature, logit_scale, softcap,
-    FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
-    ROW_TEMPERATURE: tl.constexpr, WITH_ENTROPY: tl.constexpr, WITH_PRODUCT: tl.constexpr,  # noqa: N803
-    RESCALE: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
+    row_start, first, width, tile_stride, running_stride, hidden_size, temperature, logit_scale, softcap,
+    FIRST: tl.constexpr, FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,  # noqa: N803
+    HAS_SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, WITH_ENTROPY: tl.constexpr,  # noqa: N803
+    WITH_PRODUCT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    running = running_ptr + row
+    before = tl.load(running)
+    others = tl.load(running + running_stride)
+    weighted = tl.load(running + 2 * running_stride)
     target = _local_target(targets_ptr, row_start + row, first, width)
     if ROW_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row_start + row)
-    columns = tl.arange(0, BLOCK)
-    a, slope = _load_logits(
-        tile_ptr + row * tile_stride, bias_ptr + first, columns, width, logit_scale, softcap, temperature,
-        FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
-    )  # fmt: skip
-    running = running_ptr + row
+    bias_ptr += first
+    tile_row = tile_ptr + row * tile_stride
+    product_row = product_ptr + row * tile_stride
+    peak = before
+    if FIRST:
+        peak = _row_max(
+            tile_row, bias_ptr, width, logit_scale, softcap, temperature,
+            FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, BLOCK,
+        )  # fmt: skip
+    target_logit = LOWEST * 1.0
     if target >= 0:
-        tl.store(running + 3 * running_stride, tl.sum(tl.where(columns == target, a, 0.0), 0))
-    before = tl.load(running)
-    highest = tl.max(a, 0)
-    peak = tl.where(highest > before + SLACK, highest, before)
-    shrink = tl.exp(before - peak)
-    e = tl.where(columns == target, 0.0, tl.exp(a - peak))
-    others = tl.load(running + running_stride)
-    if WITH_ENTROPY:
-        weighted = shrink * (tl.load(running + 2 * running_stride) + (before - peak) * others)
-        weighted += tl.sum(tl.where(e > 0, e * (a - peak), 0.0), 0)
-        tl.store(running + 2 * running_stride, weighted)
-    tl.store(running + running_stride, others * shrink + tl.sum(e, 0))
+        z = tl.load(tile_row + target)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + target).to(tl.float32)
+        target_logit, _ = _process(z, logit_scale, softcap, temperature, HAS_SCALE, HAS_SOFTCAP)
+        tl.store(running + 3 * running_stride, target_logit)
+    sums, weighted_sums = _row_sums(
+        tile_row, product_row, bias_ptr, peak, target, width, logit_scale, softcap, temperature,
+        FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, WITH_ENTROPY, WITH_PRODUCT, BLOCK,
+    )  # fmt: skip
+    if not FIRST:  # noqa: SIM102 a run-time branch inside a compiled-away one
+        if sums + tl.exp(target_logit - peak) > LIMIT:
+            peak = _row_max(
+                tile_row, bias_ptr, width, logit_scale, softcap, temperature,
+                FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, BLOCK,
+            )  # fmt: skip
+            sums, weighted_sums = _row_sums(
+                tile_row, product_row, bias_ptr, peak, target, width, logit_scale, softcap, temperature,
+                FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, WITH_ENTROPY, WITH_PRODUCT, BLOCK,
+            )  # fmt: skip
+            shrink = tl.exp(before - peak)
+            weighted = shrink * (weighted + (before - peak) * others)
+            others *= shrink
+            if WITH_PRODUCT:
+                _rescale(summed_ptr + row * hidden_size, hidden_size, shrink, WIDE)
     tl.store(running, peak)
-    if WITH_PRODUCT:
-        product = (e * slope).to(product_ptr.dtype.element_ty)
-        if NARROW:
-            tl.debug_barrier()
-        if FULL:
-            tl.store(product_ptr + row * product_stride + columns, product)
-        else:
-            tl.store(product_ptr + row * product_stride + columns, product, mask=columns < width)
-    if RESCALE:  # noqa: SIM102 a run-time branch inside a compiled-away one
-        if peak > before:
-            summed_row = summed_ptr + row * hidden_size
-            for start in range(0, hidden_size, WIDE):
-                wide = start + tl.arange(0, WIDE)
-                old = tl.load(summed_row + wide, mask=wide < hidden_size, other=0.0)
-                tl.store(summed_row + wide, old * shrink, mask=wide < hidden_size)
+    tl.store(running + running_stride, others + sums)
+    tl.store(running + 2 * running_stride, weighted + weighted_sums)
 
 
 @triton.jit(do_not_specialize=["row_start"])
@@ -173,37 +262,38 @@ def _finish_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are c
 @triton.jit(do_not_specialize=["row_start"])
 def _gradient_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are compiled away
     tile_ptr, product_ptr, bias_ptr, targets_ptr, temperature_ptr, logprobs_ptr, lse_ptr, entropy_ptr, c_ptr, e_ptr,
-    row_start, first, width, tile_stride, product_stride, temperature, logit_scale, softcap,
+    row_start, first, width, tile_stride, temperature, logit_scale, softcap,
     FULL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,  # noqa: N803
-    ROW_TEMPERATURE: tl.constexpr, HAS_E: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    ROW_TEMPERATURE: tl.constexpr, HAS_E: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = row_start + row
     target = _local_target(targets_ptr, place, first, width)
     if ROW_TEMPERATURE:
         temperature = tl.load(temperature_ptr + place)
-    columns = tl.arange(0, BLOCK)
-    a, slope = _load_logits(
-        tile_ptr + row * tile_stride, bias_ptr + first, columns, width, logit_scale, softcap, temperature,
-        FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
-    )  # fmt: skip
-    scale = logit_scale / temperature
     logprob = tl.load(logprobs_ptr + place)
-    log_p = a - tl.load(lse_ptr + place)
-    p = tl.exp(log_p)
+    lse = tl.load(lse_ptr + place)
+    scale = logit_scale / temperature
     c = tl.load(c_ptr + place) * scale
     c = tl.where(logprob != logprob, logprob, c)  # NaN: a target outside the vocabulary
-    d = -p * c
     at_target = -c * _expm1(logprob)  # c·(1 − p_y) without cancellation
     if HAS_E:
         e = tl.load(e_ptr + place) * scale
         entropy = tl.load(entropy_ptr + place)
-        d -= tl.where(p > 0, p * e * (log_p + entropy), 0.0)
         at_target -= e * tl.exp(logprob) * (logprob + entropy)
-    product = (tl.where(columns == target, at_target, d) * slope).to(product_ptr.dtype.element_ty)
-    if NARROW:
-        tl.debug_barrier()
-    tl.store(product_ptr + row * product_stride + columns, product, mask=columns < width)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        a, slope = _load_logits(
+            tile_ptr + row * tile_stride, bias_ptr + first, columns, width, logit_scale, softcap, temperature,
+            FULL, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
+        )  # fmt: skip
+        p = tl.exp(a - lse)
+        d = -p * c
+        if HAS_E:
+            d -= tl.where(p > 0, p * e * (a - lse + entropy), 0.0)
+        d = tl.where(columns == target, at_target, d) * slope
+        place_of_d = product_ptr + row * tile_stride + columns
+        tl.store(place_of_d, d.to(product_ptr.dtype.element_ty), mask=columns < width)
 
 
 # The launchers pass whole tensors and offsets rather than slices: with a tile every 0.1 ms, slicing would cost as much
@@ -215,17 +305,14 @@ def fold(tile: Tensor, product: Tensor | None, first: int, bias: Tensor | None, 
     height, width = tile.shape
     running = chunk.running
     summed = running if chunk.summed is None else chunk.summed
-    target_memory = tile if product is None else product
-    block, warps = _block(width)
+    block = _block(width)
     with _device_of(tile):
         _fold_kernel[(height,)](
-            tile, target_memory, running if bias is None else bias, call.targets, _temperatures(call, running),
-            running, summed,
-            chunk.rows.start, first, width, tile.stride(0), target_memory.stride(0), running.stride(0),
-            summed.shape[-1], *_scalars(call),
-            block == width, bias is not None, *_flags(call), call.with_entropy, product is not None,
-            product is not None and first > 0, _narrow(target_memory), block, WIDE_BLOCK,
-            num_warps=warps,
+            tile, tile if product is None else product, running if bias is None else bias, call.targets,
+            _temperatures(call, running), running, summed,
+            chunk.rows.start, first, width, tile.stride(0), running.stride(0), summed.shape[-1], *_scalars(call),
+            first == 0, width % block == 0, bias is not None, *_flags(call), call.with_entropy, product is not None,
+            block, WIDE_BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -256,20 +343,16 @@ def gradient(
     """See `Steps.gradient`."""
     height, width = tile.shape
     lse = out.lse
-    block, warps = _block(width)
+    block = _block(width)
     with _device_of(tile):
         _gradient_kernel[(height,)](
             tile, product, lse if bias is None else bias, call.targets, _temperatures(call, lse),
             out.logprobs, lse, lse if out.entropy is None else out.entropy,
             given.logprobs, lse if given.entropy is None else given.entropy,
-            chunk.rows.start, first, width, tile.stride(0), product.stride(0), *_scalars(call),
-            block == width, bias is not None, *_flags(call), given.entropy is not None, _narrow(product), block,
-            num_warps=warps,
+            chunk.rows.start, first, width, tile.stride(0), *_scalars(call),
+            width % block == 0, bias is not None, *_flags(call), given.entropy is not None, block,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
-
-
-def _narrow(product: Tensor) -> bool:
-    return product.dtype.itemsize < 4
 
 
 def _temperatures(call: HeadCall, unused: Tensor) -> Tensor:
@@ -287,10 +370,8 @@ def _flags(call: HeadCall) -> tuple[bool, bool, bool]:
     return row_temperature or call.logit_scale != call.temperature, call.softcap is not None, row_temperature
 
 
-def _block(width: int) -> tuple[int, int]:
-    """Columns of a program and its warps."""
-    block = triton.next_power_of_2(width)
-    return block, 16 if block > 8192 else 8 if block > 2048 else 4
+def _block(width: int) -> int:
+    return min(BLOCK, triton.next_power_of_2(width))
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -225,8 +225,10 @@ def test_banned_tokens(twin, banned):
 # --- 4. chunks and paths ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 5, 11, 12, 13, 128])
-@pytest.mark.parametrize("columns", [64, 128, 256, 257, 512])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(1, 512), (5, 64), (5, 256), (11, 128), (12, 256), (12, 257), (13, 64), (13, 258), (128, 512)],
+)
 def test_any_tile_gives_the_same_numbers(twin, rows, columns):
     n, h, v = 12, 32, 257
     hidden, weight, targets = twin.case(n, h, v)
@@ -264,7 +266,7 @@ def test_shuffled_rows(twin):
 def test_all_paths_give_the_same_bits(twin, dtype):
     """Old, reference and policy log-probs of one chunking are equal bit for bit, so the first ratio is exactly 1."""
     hidden, weight, targets = twin.case(13, 32, 300, dtype)
-    settings = settings_of(twin, "all", 13, 300, dtype) | {"tile": (5, 64)}
+    settings = settings_of(twin, "all", 13, 300, dtype) | {"tile": (5, 128)}
     with torch.no_grad():
         old = twin(hidden, weight, targets, **settings)
     policy = twin(hidden, weight, targets, **settings)
@@ -283,7 +285,7 @@ def test_all_paths_give_the_same_bits(twin, dtype):
 @pytest.mark.parametrize("mib", [0.001, 0.5, 4, 16, 64, 512])
 def test_tile_shape_keeps_within_the_limit(v, h, mib):
     rows, columns = tile_shape(h, v, mib)
-    assert rows == 1 or 4 * rows * (columns + h) <= mib * 2**20
+    assert rows == 1 or 6 * rows * (columns + h) <= mib * 2**20
     assert rows < 128 or rows % 128 == 0
     assert 1 <= rows <= 4096 and 64 <= columns <= 8192 and columns % 64 == 0
     assert columns >= min(1024, -(-v // 64) * 64)
@@ -293,9 +295,9 @@ def test_tile_shape_keeps_within_the_limit(v, h, mib):
 
 def test_tile_shapes_of_known_models():
     assert tile_shape(4096, 128_256, 512) == (1024, 8192)
-    assert tile_shape(2048, 151_936, 512) == (2048, 4096)
-    assert tile_shape(4096, 128_256, 16) == (768, 1024)
-    assert scratch_bytes(4096, 128_256) == 1024 * (4 * 8192 + 6 * 4096 + 16)
+    assert tile_shape(2048, 151_936, 512) == (2048, 8192)
+    assert tile_shape(4096, 128_256, 16) == (512, 1024)
+    assert scratch_bytes(4096, 128_256) == 1024 * (6 * 8192 + 6 * 4096 + 16)
 
 
 # --- 5. any loss on log-probs ----------------------------------------------------------------------------------------
@@ -337,7 +339,15 @@ def test_a_loss_times_three_gives_gradients_times_three(twin, head_trains):
 # --- 6. what is kept, what is refused, what does no harm -------------------------------------------------------------
 
 
-VIEWS = ("aten::t", "aten::detach", "aten::slice.Tensor", "aten::as_strided", "aten::unsqueeze", "aten::select.int")
+VIEWS = (
+    "aten::t",
+    "aten::detach",
+    "aten::slice.Tensor",
+    "aten::as_strided",
+    "aten::unsqueeze",
+    "aten::select.int",
+    "aten::unbind.int",
+)
 
 
 class Allocations(TorchDispatchMode):
@@ -497,7 +507,7 @@ def test_bfloat16(twin, name, path):
     settings = settings_of(twin, name, n, v, BFLOAT16)
     weight.requires_grad_(path == "recompute")
     with torch.set_grad_enabled(path != "forward"):
-        got = twin(hidden, weight, targets, return_entropy=True, tile=(5, 64), **settings)
+        got = twin(hidden, weight, targets, return_entropy=True, tile=(5, 512), **settings)
         wanted = oracle(hidden, weight, targets, **settings)
     assert got.logprobs.dtype == FLOAT32
     assert_logprobs(got, wanted, LOGPROBS["bfloat16" if twin.device == "cuda" else "float32"])
