@@ -198,9 +198,12 @@ def test_top_entropy_and_bonus_equal_trl(recipe, quantile):
 def test_off_policy_mask_equals_trl(recipe):
     for seed in range(5):
         case = full_rows(seed, drift_of(recipe)).to(torch.float32)
-        theirs = trl_loss(recipe, case, **attributes_of(recipe, off_policy_mask_threshold=0.0))
+        threshold = 0.2 * drift_of(recipe)  # between the means of rows, so that a sum would decide otherwise
+        theirs = trl_loss(recipe, case, **attributes_of(recipe, off_policy_mask_threshold=threshold))
         same(
-            run(recipe, replace(case, sampler=case.old), sampler_correction="none", off_policy_mask_threshold=0.0),
+            run(
+                recipe, replace(case, sampler=case.old), sampler_correction="none", off_policy_mask_threshold=threshold
+            ),
             theirs,
         )
 
@@ -215,19 +218,19 @@ def test_token_advantages_equal_trl():
 # --- the whole way from rewards to the loss ------------------------------------------------------------------
 
 MODES = {
-    "token_truncate": ("truncate", "token", 2.0),
-    "token_mask": ("mask", "token", 1.3),
-    "sequence_truncate": ("truncate", "sequence_sum", 3.0),
-    "sequence_mask": ("mask", "sequence_sum", 3.0),
+    "token_truncate": ("truncate", "token", None, 2.0),
+    "token_mask": ("mask", "token", 0.8, 1.3),
+    "sequence_truncate": ("truncate", "sequence_sum", None, 3.0),
+    "sequence_mask": ("mask", "sequence_sum", 0.5, 3.0),
 }
 
 
-def trl_inputs(case, rewards_per_func, weights, *, mode="token_truncate", cap=2.0, missing=(), **attributes):
+def trl_inputs(case, rewards_per_func, weights, *, mode="token_truncate", band=(None, 2.0), missing=(), **attributes):
     """TRL's own batch (advantages, importance ratio) from given completions, rewards and log-probs."""
     lengths, num = case.lengths, len(case.lengths)
     trainer = bare(
         GRPOTrainer, use_vllm=True, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode,
-        vllm_importance_sampling_clip_max=cap, vllm_importance_sampling_clip_min=None, num_iterations=1,
+        vllm_importance_sampling_clip_max=band[1], vllm_importance_sampling_clip_min=band[0], num_iterations=1,
         environment_factories=None, environments=None, tools=None, pad_to_multiple_of=None, mask_truncated_completions=False,
         _tokenizer=SimpleNamespace(pad_token_id=0), num_generations=attributes.pop("num_generations"), ref_model=None,
         reward_weights=torch.tensor(weights), reward_funcs=[None] * len(weights),
@@ -256,7 +259,7 @@ def eight(seed):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_sampler_correction_equals_trl(mode, recipe):
-    kind, level, cap = MODES[mode]
+    kind, level, low, high = MODES[mode]
     for seed in range(3):
         case = replace(eight(seed), logprobs=eight(seed).old + drift_of(recipe) * eight(seed).logprobs)
         missing = [(1, 2), (7, 0)]
@@ -264,11 +267,16 @@ def test_sampler_correction_equals_trl(mode, recipe):
         for i, t in missing:
             sampler[case.cu_seqlens[i] + t] = math.nan
         fixed = {"num_generations": 8, "scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize"}
-        batch, sampling = trl_inputs(case, [[1.0]] * 8, [1.0], mode=mode, cap=cap, missing=missing, **fixed)
+        batch, sampling = trl_inputs(case, [[1.0]] * 8, [1.0], mode=mode, band=(low, high), missing=missing, **fixed)
         attributes = attributes_of(recipe, use_vllm=True, vllm_importance_sampling_correction=True)
         theirs = trl_loss(recipe, case, weights=batch["importance_sampling_ratio"], **attributes)
         ours = run(
-            recipe, replace(case, sampler=sampler), sampler_correction=kind, correction_level=level, correction_max=cap
+            recipe,
+            replace(case, sampler=sampler),
+            sampler_correction=kind,
+            correction_level=level,
+            correction_min=low,
+            correction_max=high,
         )
         same(ours, theirs)
         metrics = combine_metrics([ours[3]])
