@@ -129,8 +129,8 @@ def _check_request(checkpoint: Checkpoint, run_id: str, keep: int) -> None:
 
 def _commit(folder: Path, name: str, checkpoint: Checkpoint, state: bytes, facts: Mapping[str, str]) -> None:
     temporary = folder / f".tmp-{name}-{os.getpid()}"
+    temporary.mkdir(mode=0o700)
     try:
-        temporary.mkdir(mode=0o700)
         files: dict[str, FileFacts] = {}
         for stem, tensors in checkpoint.tensors.items():
             chunks = file_chunks(tensors, finite=stem in WEIGHT_FILES)
@@ -151,12 +151,23 @@ def _commit(folder: Path, name: str, checkpoint: Checkpoint, state: bytes, facts
 def _move_in(temporary: Path, final: Path) -> None:
     """Rename to the final name. A folder that has it already steps aside first, and stays loadable as `.old`."""
     aside = final.with_name(f"{final.name}.old")
-    if os.path.lexists(final):
-        if os.path.lexists(aside):
+    if _stands(final):
+        if _stands(aside):
+            if not _is_ours(aside):
+                raise FileExistsError(errno.EEXIST, f"{aside} is in the way and not a checkpoint of ours")
             _remove(aside)
         final.rename(aside)
     temporary.rename(final)
     _sync(final.parent)
+
+
+def _stands(path: Path) -> bool:
+    """Whether there is anything of that name. Unlike `os.path.lexists`, a failure to look is an OSError."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
@@ -171,7 +182,9 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether the folder carries our manifest and nothing but what it lists."""
+    """Whether it is a folder that carries our manifest and nothing but what that lists."""
+    if path.is_symlink():
+        return False
     try:
         known = {MANIFEST, *_read_manifest(path)["files"]}
     except CheckpointError:
@@ -188,9 +201,7 @@ def _remove(path: Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove a folder of files (manifest last) if it exists. No subfolder and no link is followed."""
-    if not folder.is_dir():
-        return
+    """Remove a folder of files, manifest last. No subfolder and no link is followed."""
     for member in sorted(folder.iterdir(), key=lambda member: member.name == MANIFEST):
         member.unlink()
     folder.rmdir()
@@ -201,11 +212,8 @@ def clean_leftovers(run_dir: Path) -> list[Path]:
 
     Only real folders of our names (`.tmp-step_…`, `.del-step_…`) that hold no folder are touched.
     """
-    folder = _checkpoints(run_dir)
-    if not folder.is_dir():
-        return []
     removed = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(_members(_checkpoints(run_dir))):
         if not _LEFTOVER.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
         if not any(member.is_dir() and not member.is_symlink() for member in path.iterdir()):
@@ -223,6 +231,14 @@ def _checkpoints(run_dir: Path, *, create: bool = False) -> Path:
         folder.mkdir(parents=True)
         _sync(folder.parent)
     return folder
+
+
+def _members(folder: Path) -> list[Path]:
+    """What is in the folder; nothing if there is none yet. Any other failure to look is an OSError."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -331,9 +347,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _candidates(folder: Path) -> list[tuple[Path, int]]:
     """Folders named like checkpoints with their steps, newest first, a replaced one after its successor."""
-    if not folder.is_dir():
-        return []
-    found = [(path, match) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    found = [(path, match) for path in _members(folder) if (match := _STEP.fullmatch(path.name))]
     found.sort(key=lambda item: (-int(item[1][1]), item[1][2] is not None))
     return [(path, int(match[1])) for path, match in found]
 
@@ -342,7 +356,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, verified to the last byte. Raises CheckpointError."""
     file = path / MANIFEST
     try:
-        descriptor = open_regular(file)
+        descriptor, _ = open_regular(file)
         try:
             text = os.read(descriptor, _MAX_MANIFEST)
         finally:

@@ -135,15 +135,24 @@ def read_tensors(path: Path, facts: FileFacts) -> dict[str, Tensor]:
     return tensors
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor for reading a regular file: no link is followed, nothing else is opened for longer than a look."""
+def open_regular(path: Path) -> tuple[int, int]:
+    """A descriptor for reading a regular file, and its size in bytes. No link is followed, no pipe waited for.
+
+    Raises:
+        CheckpointError: it is a link, a folder, a pipe, …
+        OSError: it cannot be opened.
+    """
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a symbolic link (want the file itself)")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise CheckpointError(f"{path}: is not a regular file")
+    except BaseException:
         os.close(descriptor)
-        raise CheckpointError(f"{path}: is not a regular file")
-    return descriptor
+        raise
+    return descriptor, facts.st_size
 
 
 class _HashedFile:
@@ -155,8 +164,7 @@ class _HashedFile:
         self.left = facts.size
 
     def __enter__(self) -> _HashedFile:
-        self._descriptor = open_regular(self._path)
-        size = os.fstat(self._descriptor).st_size
+        self._descriptor, size = open_regular(self._path)
         if size != self._facts.size:
             os.close(self._descriptor)
             raise CheckpointError(f"{self._path}: has {size} bytes (want {self._facts.size}, as in the manifest)")

@@ -20,6 +20,7 @@ from grpo.trainer import tensor_file
 from grpo.trainer.checkpoint import (
     Checkpoint,
     CheckpointError,
+    SaveError,
     clean_leftovers,
     load_checkpoint,
     newest_checkpoint,
@@ -255,18 +256,31 @@ def test_prune_leaves_everything_that_is_not_wholly_ours(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "data").write_text("precious")
+    elsewhere = save(tmp_path / "other run", small(5))
     (folder / "step_000001" / "notes.txt").write_text("mine")
     (folder / "step_000002" / "MANIFEST.json").unlink()
     (folder / "step_000003" / "policy.safetensors").unlink()
     (folder / "step_000003" / "policy.safetensors").symlink_to(outside / "data")
     (folder / "step_000004" / "sub").mkdir()
-    (folder / "step_000000").symlink_to(outside)
+    (folder / "step_000000").symlink_to(elsewhere)
     (folder / "step_000777").write_text("a file")
     save(tmp_path, small(8), keep=1)
     left = ["step_000000", "step_000001", "step_000002", "step_000003", "step_000004", "step_000008", "step_000777"]
     assert steps_in(tmp_path) == left
     assert (outside / "data").read_text() == "precious"
     assert (folder / "step_000000").is_symlink()
+    assert_same(load_checkpoint(elsewhere), small(5))
+
+
+def test_what_stands_in_the_place_of_a_step_is_moved_aside_once_and_never_deleted(tmp_path):
+    path = save(tmp_path, small(2))
+    (path / "MANIFEST.json").write_text("damaged")
+    save(tmp_path, small(2, value=5.0))
+    assert steps_in(tmp_path) == ["step_000002", "step_000002.old"]
+    with pytest.raises(SaveError, match="step_000002.old is in the way and not a checkpoint of ours"):
+        save(tmp_path, small(2, value=6.0))
+    assert steps_in(tmp_path) == ["step_000002", "step_000002.old"]
+    assert_same(newest_checkpoint(tmp_path, report=pytest.fail), small(2, value=5.0))
 
 
 def test_leftovers_go_and_nothing_else_does(tmp_path):
