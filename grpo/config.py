@@ -87,6 +87,9 @@ class RewardsConfig(Section):
         "raise", description="raise: save and stop; none: that completion leaves loss and baseline"
     )
     weights: list[Float] | None = Field(None, description="of functions passed in Python, in their order")
+    soft_overlong_cache: Int | None = Field(
+        None, ge=1, description="tokens before max_completion_length over which a penalty grows to −1; null = off"
+    )
     timeout: None = Field(None, description="not enforceable for rewards that run inline; must stay null")
 
 
@@ -282,6 +285,12 @@ class GRPOConfig(RunConfig):
         rollout = self.rollout
         if self.rewards.functions and self.rewards.weights is not None:
             problems.append("rewards.weights is given beside rewards.functions (want each function's own weight)")
+        cache = self.rewards.soft_overlong_cache
+        if cache is not None and cache > rollout.max_completion_length:
+            problems.append(
+                f"rewards.soft_overlong_cache is {cache} (want at most rollout.max_completion_length = "
+                f"{rollout.max_completion_length})"
+            )
         truncated = [
             f"rollout.{name} is {getattr(rollout, name)}"
             for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))

@@ -60,14 +60,14 @@ def home(tmp_path, model_folder, monkeypatch):
     Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sft_rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]
     Path("sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sft_rows))
-    Path("my_rewards.py").write_text(REWARDS)
+    Path("rewards_of_mine.py").write_text(REWARDS)
     config = {
         "output_dir": "run",
         "max_steps": 3,
         "prompts_per_step": 2,
         "model": {"name_or_path": str(model_folder), "dtype": "float32", "device": "cpu"},
         "data": {"train": "train.jsonl"},
-        "rewards": [{"function": "my_rewards.py:length"}, {"function": "my_rewards:digits", "weight": 0.5}],
+        "rewards": [{"function": "rewards_of_mine.py:length"}, {"function": "rewards_of_mine:digits", "weight": 0.5}],
         "rollout": {"num_generations": 4, "max_completion_length": 6},
         "optimizer": {"learning_rate": 0.01},
     }
@@ -183,9 +183,9 @@ BAD = {
     "no rewards": (["rewards=[]"], "rewards is empty (want at least one function"),
     "reward file missing": (["rewards=[nowhere.py:f]"], 'rewards[0] "nowhere.py:f"'),
     "reward module missing": (["rewards=[no_such_module_here:f]"], 'rewards[0] "no_such_module_here:f"'),
-    "reward function missing": (["rewards=[my_rewards.py:lenght]"], 'rewards[0] "my_rewards.py:lenght"'),
-    "reward not callable": (["rewards=[my_rewards.py:not_a_function]"], 'rewards[0] "my_rewards.py:not_a_function"'),
-    "reward needs a column that is not there": (["rewards=[my_rewards.py:needs]"], 'rewards[0] "my_rewards.py:needs"'),
+    "reward function missing": (["rewards=[rewards_of_mine.py:lenght]"], 'rewards[0] "rewards_of_mine.py:lenght"'),
+    "reward not callable": (["rewards=[rewards_of_mine.py:not_a_function]"], 'rewards[0] "rewards_of_mine.py:not_a_function"'),
+    "reward needs a column that is not there": (["rewards=[rewards_of_mine.py:needs]"], 'rewards[0] "rewards_of_mine.py:needs"'),
     "adapter matches nothing": (["adapter.target_modules=[nothing]"], "adapter.target_modules"),
     "no such device": (["model.device=quantum"], "model.device is 'quantum'"),
 }  # fmt: skip
@@ -214,42 +214,42 @@ def test_bad_rows_end_before_any_weight_is_loaded(home, content, wanted, capsys,
     import grpo.trainer.build as build
 
     monkeypatch.setattr(build, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    code, _, err = run("train", "config.yaml", "rewards=[my_rewards.py:digits]", capsys=capsys)
+    code, _, err = run("train", "config.yaml", "rewards=[rewards_of_mine.py:digits]", capsys=capsys)
     assert code == 2 and err.startswith(wanted) and err.count("\n") == 1
 
 
 RUNTIME = {
-    "raises": 'rewards[0] "my_rewards.py:raises": raised ValueError: boom',
-    "short": 'rewards[0] "my_rewards.py:short": returned 7 values for 8 completions',
-    "text": 'rewards[0] "my_rewards.py:text":',
-    "nan": 'rewards[0] "my_rewards.py:nan":',
-    "late": 'rewards[0] "my_rewards.py:late": raised RuntimeError: judge is down',
+    "raises": 'rewards[0] "rewards_of_mine.py:raises": raised ValueError: boom',
+    "short": 'rewards[0] "rewards_of_mine.py:short": returned 7 values for 8 completions',
+    "text": 'rewards[0] "rewards_of_mine.py:text":',
+    "nan": 'rewards[0] "rewards_of_mine.py:nan":',
+    "late": 'rewards[0] "rewards_of_mine.py:late": raised RuntimeError: judge is down',
 }
 
 
 @pytest.mark.parametrize("name", RUNTIME)
 def test_a_bad_reward_ends_the_run_saved(home, name, capsys):
-    code, out, err = run("train", "config.yaml", f"rewards=[my_rewards.py:{name}]", capsys=capsys)
+    code, out, err = run("train", "config.yaml", f"rewards=[rewards_of_mine.py:{name}]", capsys=capsys)
     assert code == 1
     assert err.startswith(RUNTIME[name]), err
     assert err.count("\n") == 1 and "Traceback" not in err + out
     checkpoints = [path.name for path in (home / "run" / "checkpoints").iterdir()]
     assert checkpoints == (["step_000002"] if name == "late" else ["step_000000"])
     if name == "late":  # mend the judge, go on
-        Path("my_rewards.py").write_text(REWARDS.replace('raise RuntimeError("judge is down")', "pass"))
-        code, out, err = run("train", "config.yaml", f"rewards=[my_rewards.py:{name}]", "--resume", capsys=capsys)
+        Path("rewards_of_mine.py").write_text(REWARDS.replace('raise RuntimeError("judge is down")', "pass"))
+        code, out, err = run("train", "config.yaml", f"rewards=[rewards_of_mine.py:{name}]", "--resume", capsys=capsys)
         assert code == 0, err
         assert [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 def test_on_error_none_leaves_those_completions_out(home, capsys):
-    Path("my_rewards.py").write_text(
+    Path("rewards_of_mine.py").write_text(
         "def sometimes(completion, answer):\n"
         "    if answer == '31':\n        raise ValueError('boom')\n"
         "    return float(len(completion) % 3)\n"
     )
     code, _, err = run(
-        "train", "config.yaml", "rewards=[my_rewards.py:sometimes]", "rewards.on_error=none", "prompts_per_step=6",
+        "train", "config.yaml", "rewards=[rewards_of_mine.py:sometimes]", "rewards.on_error=none", "prompts_per_step=6",
         "max_steps=1", capsys=capsys,
     )  # fmt: skip
     assert code == 0, err
@@ -269,7 +269,7 @@ def test_debug_shows_the_traceback(home):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_at_a_step_boundary_and_exits_75(home, number):
     process = subprocess.Popen(
-        [sys.executable, "-m", "grpo", "train", "config.yaml", "rewards=[my_rewards.py:slow]", "max_steps=500"],
+        [sys.executable, "-m", "grpo", "train", "config.yaml", "rewards=[rewards_of_mine.py:slow]", "max_steps=500"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -103,7 +103,9 @@ def load_model(config: ModelConfig) -> nn.Module:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
     if source != str(Path(config.name_or_path).expanduser()):
         if config.load_in_4bit:
-            raise InputError("model.load_in_4bit is true (want a full model: an adapter is not merged into 4-bit weights)")
+            raise InputError(
+                "model.load_in_4bit is true (want a full model: an adapter is not merged into 4-bit weights)"
+            )
         model = merged_adapter(model, Path(config.name_or_path).expanduser())
     if config.load_in_4bit:
         _keep_layout_on_cpu(model)

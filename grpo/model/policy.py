@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from grpo.batch import TokenBatch
 from grpo.errors import InputError
-from grpo.kernels import TokenLogprobs, token_logprobs
+from grpo.kernels import TokenLogprobs, resolve_backend, token_logprobs
 from grpo.model.adapter import adapter_off, base_of, is_adapted
 
 # Relative error of hidden states or logits that rounding alone can cause between two orders of the same sums.
@@ -125,6 +125,8 @@ class Policy:
         lines = [
             f"{type(self.causal_lm).__name__}: {total:,} parameters ({dtypes}), {trained:,} trained, on {self.device}"
         ]
+        backend, reason = resolve_backend("auto", self.device, self.head.weight.dtype)
+        lines.append(f"log-prob head: {backend} ({reason}), tile of {self.chunk_mb} MiB")
         if not self.packs:
             lines.append("this architecture does not keep packed documents apart: documents run one by one (slower)")
         if not self.adapted and any(p.dtype == torch.bfloat16 for p in self.trainable().values()):

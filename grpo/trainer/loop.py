@@ -27,8 +27,14 @@ from grpo.seeds import seed_for
 from grpo.trainer.base import BaseTrainer, default_console
 from grpo.trainer.build import build_parts
 from grpo.trainer.console import Console
-from grpo.trainer.kl_reward import is_token_wise, measure_k1, penalized_advantages, with_token_returns
 from grpo.trainer.metrics import completion_metrics
+from grpo.trainer.shaping import (
+    is_token_wise,
+    measure_k1,
+    penalized_advantages,
+    with_overlong_penalty,
+    with_token_returns,
+)
 from grpo.trainer.state import Item, common_items, generator_items, rollout_items
 from grpo.trainer.update import add_reference_logprobs, update
 
@@ -145,7 +151,10 @@ class GRPOTrainer(BaseTrainer):
                 seed=self.config.seed,
             )
             self.fault_budget.check(scored)
-        return scored
+            cache = self.config.rewards.soft_overlong_cache
+            if cache is None:
+                return scored
+            return with_overlong_penalty(scored, self.config.rollout.max_completion_length, cache)
 
     def _refill(self, sampled: ScoredRollouts) -> tuple[ScoredRollouts, ScoredRollouts]:
         """Sample other prompts in place of groups without variance, `max_refill_rounds` times at most.

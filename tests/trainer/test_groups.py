@@ -2,6 +2,7 @@
 
 import math
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -24,8 +25,6 @@ def test_refill_samples_others_and_logs_everything(tmp_path):
     sampled = 3 + int(row["groups/refilled"])
     assert row["groups/refilled"] > 0 and trainer.data.consumed == sampled
     assert row["step_tokens"] == trainer.num_tokens
-    import pyarrow.parquet
-
     table = pyarrow.parquet.read_table(tmp_path / "run" / "rollouts" / "step_000001.parquet").to_pylist()
     groups = {}
     for one in table:
@@ -48,6 +47,19 @@ def test_refill_is_bounded(tmp_path):
     (row,) = list(trainer.steps())
     assert trainer.data.consumed == 2 + 2 * 2
     assert row["reward"] == 1.0 and row["frac_reward_zero_std"] == 1.0
+
+
+def test_the_overlong_penalty_is_a_part_of_its_own(tmp_path):
+    trainer = make_trainer(tmp_path, rewards=lambda completion: 1.0, max_steps=1, soft_overlong_cache=4)
+    (row,) = list(trainer.steps())
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "rollouts" / "step_000001.parquet").to_pylist()
+    for one in table:
+        n = one["num_tokens"]
+        penalty = 0.0 if n <= 2 else (2 - n) / 4
+        assert one["reward/soft_overlong"] == penalty and one["reward"] == 1.0 + penalty
+    assert row["reward"] == pytest.approx(sum(one["reward"] for one in table) / len(table))
+    assert row["rewards/soft_overlong/mean"] == pytest.approx(row["reward"] - 1.0)
+    assert any(one["advantage"] for one in table)  # length is now what teaches
 
 
 def scored_of(rewards, prompt_ids):

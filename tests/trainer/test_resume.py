@@ -291,7 +291,15 @@ class StopAt(CountingReward):
         return value
 
 
-def test_ctrl_c_arrives_at_a_step_boundary_and_training_goes_on(tmp_path):
+@pytest.fixture
+def pythons_own_sigint():
+    """A parallel test runner may have another handler, which the trainer would leave alone."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_arrives_at_a_step_boundary_and_training_goes_on(tmp_path, pythons_own_sigint):
     whole = make(tmp_path / "whole")
     whole.train()
     trainer = make(tmp_path / "run")

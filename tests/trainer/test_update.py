@@ -149,6 +149,14 @@ def test_the_first_ratio_is_exactly_one_and_the_second_is_not(tmp_path):
     assert rows[0]["reward"] == rows[1]["reward"]  # the same rollouts, used twice
 
 
+def test_kl_is_exactly_zero_before_the_first_update(tmp_path):
+    """Policy and reference go through one scorer in the same bins: equal weights give equal bits."""
+    for name, adapter in (("full", None), ("lora", {"r": 4})):
+        trainer = make_trainer(tmp_path / name, beta=0.1, adapter=adapter, max_tokens_per_batch=37)
+        rows = list(trainer.steps())
+        assert rows[0]["kl"] == 0.0 and rows[1]["kl"] > 0.0
+
+
 def test_skipping_zero_variance_groups_keeps_the_gradient(tmp_path):
     def some_constant(completion, answer):
         return 0.1 if len(answer) % 2 else length_reward(completion, answer)

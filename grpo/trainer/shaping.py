@@ -1,13 +1,15 @@
-"""KL to the reference as part of the reward (`objective.kl_in: reward`): one k1 per token, known before advantages are.
+"""What the trainer itself adds to rewards: the penalty of long completions, and the KL to the reference.
 
-    k1_it = ℓ_it − ℓ^ref_it        R_i − β Σ_t k1_it, or for REINFORCE++ the return-to-go R_i − β Σ_{s≥t} k1_is
+    soft overlong   R_i + penalty(n_i) in [−1, 0], from L_max − cache tokens on          arXiv 2503.14476
+    KL in reward    R_i − β Σ_t k1_it, k1 = ℓ − ℓ^ref; for REINFORCE++ the return-to-go R_i − β Σ_{s≥t} k1_is
 
-It costs two forward passes without gradient over every completion, through the same bins and scorer as the update.
-Left out: the KL in the loss, which costs one (update.py).
+The KL costs two forward passes without gradient over every completion, through the same bins and scorer as the
+update. Left out: the KL in the loss, which costs one (update.py).
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.algorithm import RECIPES, baselined_rewards, group_advantages, whitened_returns
+from grpo.algorithm import RECIPES, baselined_rewards, group_advantages, soft_overlong, whitened_returns
 from grpo.batch import ScoredRollouts, TokenBatch
 from grpo.config import GRPOConfig
 from grpo.model.policy import Policy
@@ -23,6 +25,31 @@ from grpo.packing import pack
 from grpo.trainer.update import add_reference_logprobs
 
 Advantages = list[list[float | None]]
+
+
+def with_overlong_penalty(scored: ScoredRollouts, max_completion_length: int, cache: int) -> ScoredRollouts:
+    """The rewards with the soft overlong penalty added, kept apart as the part `soft_overlong` (weight 1)."""
+    penalties: list[list[float | None]] = [
+        [soft_overlong(len(completion.token_ids), max_completion_length, cache) for completion in group]
+        for group in scored.rollouts.completions
+    ]
+    totals = [
+        [None if total is None else total + (penalty or 0.0) for total, penalty in zip(*pair, strict=True)]
+        for pair in zip(scored.rewards, penalties, strict=True)
+    ]
+    flat = [value for group in penalties for value in group if value is not None]
+    present = [value for group in totals for value in group if value is not None]
+    metrics = {**scored.metrics, "rewards/soft_overlong/mean": statistics.fmean(flat)}
+    if present:
+        metrics["reward"] = statistics.fmean(present)
+        metrics["reward_std"] = statistics.stdev(present) if len(present) > 1 else 0.0
+    return replace(
+        scored,
+        rewards=totals,
+        parts={**scored.parts, "soft_overlong": penalties},
+        weights={**scored.weights, "soft_overlong": 1.0},
+        metrics=metrics,
+    )
 
 
 def measure_k1(policy: Policy, scored: ScoredRollouts, tokens_per_batch: int, temperature: float) -> dict[int, Tensor]:
