@@ -30,8 +30,9 @@ from profiling.measure import GIB, Measurement, device_slug, environment, measur
 from tests.kernels.oracle import oracle
 
 HERE = Path(__file__).parent
-SHAPES = ((20_480, 4096, 128_256), (163_840, 4096, 128_256), (32_768, 2048, 151_936))
-TOY_SHAPES = ((96, 32, 512),)
+Shapes = tuple[tuple[int, int, int], ...]
+SHAPES: Shapes = ((20_480, 4096, 128_256), (163_840, 4096, 128_256), (32_768, 2048, 151_936))
+TOY_SHAPES: Shapes = ((96, 32, 512),)
 SEQUENCES = 8
 CHECKED_ROWS = 256
 MARKERS = ("<!-- logprobs: begin -->", "<!-- logprobs: end -->")
@@ -198,21 +199,31 @@ class Settings:
     device: torch.device
     seconds: float
 
-    def measure(self, function: Callable[[], Any]) -> Measurement:
-        return measure(function, self.device, seconds=self.seconds, warmup_seconds=self.seconds / 2, min_repeats=3)
+    def measure(self, *functions: Callable[[], Any]) -> list[Measurement]:
+        return measure(functions, self.device, seconds=self.seconds)
 
 
-def limit(case: Case, settings: Settings) -> dict[str, Any]:
-    """The fastest of three chunk sizes for each of: one GEMM, two GEMMs."""
-    found = {}
-    for key, backward in (("forward", False), ("forward_backward", True)):
-        tried = [settings.measure(bare_gemms(case, rows, backward=backward)) for rows in (2048, 4096, 8192)]
-        found[key] = min(tried, key=lambda m: m.median_ms).as_json() | {"peak_gib": None}
-    return {"name": "the GEMMs alone (the limit)"} | found
+def fastest_chunk(case: Case, settings: Settings, *, backward: bool) -> int:
+    """Rows at which the bare GEMMs are fastest."""
+    sizes = (2048, 4096, 8192)
+    found = settings.measure(*(bare_gemms(case, rows, backward=backward) for rows in sizes))
+    return min(zip(found, sizes, strict=True), key=lambda pair: pair[0].median_ms)[1]
 
 
-def row(method: Method, case: Case, reference: Reference, settings: Settings) -> dict[str, Any]:
-    """Figures of one method, or the reason why there are none."""
+@dataclass(frozen=True)
+class Bound:
+    """Rows per chunk at which the bare GEMMs are fastest: one GEMM, two GEMMs."""
+
+    forward: int
+    forward_backward: int
+
+    @staticmethod
+    def of(case: Case, settings: Settings) -> Bound:
+        return Bound(*(fastest_chunk(case, settings, backward=backward) for backward in (False, True)))
+
+
+def row(method: Method, case: Case, reference: Reference, bound: Bound, settings: Settings) -> dict[str, Any]:
+    """Figures of one method, each with the bound measured in turn with it; or the reason why there are none."""
     result: dict[str, Any] = {"name": method.name}
     if method.at_most is not None and len(case.targets) > method.at_most:
         return result | {"skipped": "not measured: seconds a call"}
@@ -222,8 +233,12 @@ def row(method: Method, case: Case, reference: Reference, settings: Settings) ->
         _resolve(method, settings.device)
         hidden = case.hidden.requires_grad_()
         result |= reference.errors(*method.backward(case, hidden))
-        result["forward_backward"] = settings.measure(lambda: method.backward(case, hidden)).as_json()
-        result["forward"] = settings.measure(lambda: method.forward(case)).as_json()
+        gemms = bare_gemms(case, bound.forward_backward, backward=True)
+        both, limit = settings.measure(lambda: method.backward(case, hidden), gemms)
+        result |= {"forward_backward": both.as_json(), "limit_forward_backward_ms": round(limit.median_ms, 4)}
+        gemms = bare_gemms(case, bound.forward, backward=False)
+        forward, limit = settings.measure(lambda: method.forward(case), gemms)
+        result |= {"forward": forward.as_json(), "limit_forward_ms": round(limit.median_ms, 4)}
     except torch.OutOfMemoryError:
         result["skipped"] = "out of memory"
     except Exception as error:  # a peer's own failure is a result too, and must not end the run
@@ -273,22 +288,39 @@ class Reference:
         return found
 
 
-def run(
-    shapes: tuple[tuple[int, int, int], ...], chosen: list[Method], settings: Settings, out: Path, env: Any
-) -> None:
-    """Measure every method on every shape; the JSON grows row by row."""
-    results: list[dict[str, Any]] = []
+def run(shapes: Shapes, chosen: list[Method], settings: Settings, results: dict[str, Any], out: Path) -> None:
+    """Measure every method on every shape; the JSON grows row by row, and rows of an earlier run stay."""
     for shape in shapes:
         case = Case.make(shape, settings.device)
-        reference = Reference.of(case)
-        entry = {"N": shape[0], "H": shape[1], "V": shape[2], "limit": limit(case, settings), "rows": []}
-        results.append(entry)
-        print(f"N={shape[0]:,} H={shape[1]:,} V={shape[2]:,}  {_line(entry, entry['limit'])}", flush=True)
+        reference, bound = Reference.of(case), Bound.of(case, settings)
+        entry = _entry(results, shape)
+        print(f"N={shape[0]:,} H={shape[1]:,} V={shape[2]:,}", flush=True)
         for method in chosen:
-            entry["rows"].append(row(method, case, reference, settings))
-            print(_line(entry, entry["rows"][-1]), flush=True)
+            line = row(method, case, reference, bound, settings)
+            print("  ".join(cell for cell in _cells(entry, line) if cell), flush=True)
+            entry["rows"] = [old for old in entry["rows"] if old["name"] != method.name] + [line]
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({"environment": env, "shapes": results}, indent=1) + "\n")
+            out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _entry(results: dict[str, Any], shape: tuple[int, int, int]) -> dict[str, Any]:
+    for entry in results["shapes"]:
+        if (entry["N"], entry["H"], entry["V"]) == shape:
+            return entry
+    results["shapes"].append({"N": shape[0], "H": shape[1], "V": shape[2], "rows": []})
+    return results["shapes"][-1]
+
+
+def _start_results(out: Path, env: dict[str, Any], *, update: bool) -> dict[str, Any]:
+    """Empty results, or with `update` those in the file: same device and versions, one more command."""
+    if not (update and out.exists()):
+        return {"environment": env, "shapes": []}
+    old = json.loads(out.read_text())
+    for key in ("device", "driver", "torch", "triton", "commit"):
+        if old["environment"][key] != env[key]:
+            raise SystemExit(f"--update: {out} has {key} {old['environment'][key]}, now {env[key]}")
+    old["environment"]["command"] += f"; {env['command']}"
+    return old
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -302,25 +334,30 @@ COLUMNS = (
 def _cells(entry: dict[str, Any], line: dict[str, Any]) -> list[str]:
     if "skipped" in line:
         return [line["name"], f"– ({line['skipped']})", *[""] * 7]
-    both, forward, bound = line["forward_backward"], line["forward"], entry["limit"]
+    both, forward = line["forward_backward"], line["forward"]
     peak = both["peak_gib"]
     gradient_gib = 2 * entry["N"] * entry["H"] / GIB
-    known = "gradient_error" in line
     return [
         line["name"],
         f"{both['median_ms']:.4g} ({both['p20_ms']:.4g}–{both['p80_ms']:.4g})",
-        f"{both['median_ms'] / bound['forward_backward']['median_ms']:.2f}",
+        f"{both['median_ms'] / line['limit_forward_backward_ms']:.2f}",
         f"{forward['median_ms']:.4g}",
-        f"{forward['median_ms'] / bound['forward']['median_ms']:.2f}",
+        f"{forward['median_ms'] / line['limit_forward_ms']:.2f}",
         "" if peak is None else f"{peak:.2f}",
         "" if peak is None else f"{peak - gradient_gib:.2f}",
         f"{line['max_logprob_error']:.1e}" if "max_logprob_error" in line else "",
-        f"{line['gradient_error']:.1e} ({line['worst_row_gradient_error']:.1e})" if known else "",
+        f"{line['gradient_error']:.1e} ({line['worst_row_gradient_error']:.1e})",
     ]
 
 
-def _line(entry: dict[str, Any], line: dict[str, Any]) -> str:
-    return "  ".join(cell for cell in _cells(entry, line) if cell)
+def _limits(entry: dict[str, Any]) -> str:
+    """The range of the bound over the rows it was measured with."""
+    parts = []
+    for name, key in (("two GEMMs", "limit_forward_backward_ms"), ("one GEMM", "limit_forward_ms")):
+        found = [line[key] for line in entry["rows"] if key in line]
+        if found:
+            parts.append(f"{name} {min(found):.4g}–{max(found):.4g} ms")
+    return ", ".join(parts)
 
 
 def table(results: Path = HERE / "results") -> str:
@@ -337,13 +374,9 @@ def table(results: Path = HERE / "results") -> str:
             "",
         ]
         for entry in data["shapes"]:
-            lines += [
-                f"**N = {entry['N']:,}, H = {entry['H']:,}, V = {entry['V']:,}**",
-                "",
-                f"| {COLUMNS} |",
-                "|---" * 9 + "|",
-            ]
-            lines += ["| " + " | ".join(_cells(entry, line)) + " |" for line in (entry["limit"], *entry["rows"])]
+            lines += [f"**N = {entry['N']:,}, H = {entry['H']:,}, V = {entry['V']:,}**: {_limits(entry)}", ""]
+            lines += [f"| {COLUMNS} |", "|---" * 9 + "|"]
+            lines += ["| " + " | ".join(_cells(entry, line)) + " |" for line in entry["rows"]]
             lines.append("")
     return "\n".join(lines)
 
@@ -364,6 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", help="methods whose name contains this (default: all)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing per figure")
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/logprobs.json")
+    parser.add_argument("--update", action="store_true", help="keep the other rows of an earlier run's JSON")
     parser.add_argument("--commit", help="recorded in the JSON where the checkout has no git")
     parser.add_argument(
         "--table", action="store_true", help="rewrite profiling/README.md from the JSON, measure nothing"
@@ -378,7 +412,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [m for m in methods() if not given.only or any(part in m.name for part in given.only)]
     out = given.out or HERE / "results" / device_slug(given.device) / "logprobs.json"
     settings = Settings(torch.device(given.device), given.seconds)
-    run(shapes, chosen, settings, out, environment(given.device, given.commit))
+    env = environment(given.device, given.commit)
+    run(shapes, chosen, settings, _start_results(out, env, update=given.update), out)
 
 
 if __name__ == "__main__":

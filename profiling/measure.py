@@ -1,17 +1,16 @@
-"""Time and peak memory of one callable, hot: warm-up by the clock, CUDA events, median, 20th and 80th percentile.
+"""Time and peak memory of callables, hot: warm-up by the clock, CUDA events, median, 20th and 80th percentile.
 
 Left out: CPU memory (the allocator of torch's CPU build keeps no peak).
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,30 +34,28 @@ class Measurement:
 
 
 def measure(
-    function: Callable[[], Any],
+    functions: Sequence[Callable[[], Any]],
     device: torch.device | str,
     *,
-    warmup_seconds: float = 0.5,
     seconds: float = 1.0,
-    min_repeats: int = 5,
+    min_repeats: int = 3,
     max_repeats: int = 50,
-) -> Measurement:
-    """Call `function` until `warmup_seconds` have passed (twice at least), then time it for about `seconds`.
+) -> list[Measurement]:
+    """Time several functions in turn, A B A B …, so that all see the same clocks and temperature.
 
-    What `function` returns is dropped at once. On CUDA the timed calls are queued back to back, so the clocks are those
-    of sustained work; the peak is that of one further call.
+    Each is called twice and then in turn for `seconds` / 3 to warm up, then timed for about `seconds` in all. What they
+    return is dropped at once. On CUDA calls are queued back to back; the peak is that of one further call.
     """
     device = torch.device(device)
-    duration = _warm_up(function, device, warmup_seconds)
+    _warm_up(functions, device, 0.0)
+    duration = _warm_up(functions, device, seconds / 3)
     repeats = min(max_repeats, max(min_repeats, int(seconds / max(duration, 1e-9))))
-    times = sorted(_cuda_times(function, repeats) if device.type == "cuda" else _wall_times(function, repeats))
-    return Measurement(
-        median_ms=_percentile(times, 0.5),
-        p20_ms=_percentile(times, 0.2),
-        p80_ms=_percentile(times, 0.8),
-        repeats=repeats,
-        peak_gib=peak_gib(function) if device.type == "cuda" else None,
-    )
+    take_times = _cuda_times if device.type == "cuda" else _wall_times
+    found = []
+    for function, times in zip(functions, take_times(functions, repeats), strict=True):
+        low, middle, high = (_percentile(sorted(times), share) for share in (0.2, 0.5, 0.8))
+        found.append(Measurement(middle, low, high, repeats, peak_gib(function) if device.type == "cuda" else None))
+    return found
 
 
 def peak_gib(function: Callable[[], Any]) -> float:
@@ -71,35 +68,41 @@ def peak_gib(function: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
-def _warm_up(function: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of the last warm-up call."""
-    start, calls, duration = time.perf_counter(), 0, 0.0
-    while calls < 2 or time.perf_counter() - start < seconds:
+def _warm_up(functions: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> float:
+    """Seconds of the last round."""
+    start, rounds, duration = time.perf_counter(), 0, 0.0
+    while rounds < 1 or time.perf_counter() - start < seconds:
         began = time.perf_counter()
-        function()
+        for function in functions:
+            function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         duration = time.perf_counter() - began
-        calls += 1
+        rounds += 1
     return duration
 
 
-def _cuda_times(function: Callable[[], Any], repeats: int) -> list[float]:
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        function()
-        event.record()
+def _cuda_times(functions: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    def event() -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    pairs = [[(event(), event()) for _ in range(repeats)] for _ in functions]
+    for turn in range(repeats):
+        for function, own in zip(functions, pairs, strict=True):
+            own[turn][0].record()
+            function()
+            own[turn][1].record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+    return [[before.elapsed_time(after) for before, after in own] for own in pairs]
 
 
-def _wall_times(function: Callable[[], Any], repeats: int) -> list[float]:
-    times = []
+def _wall_times(functions: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append((time.perf_counter() - start) * 1e3)
+        for function, own in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            own.append((time.perf_counter() - start) * 1e3)
     return times
 
 

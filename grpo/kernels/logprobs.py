@@ -2,9 +2,8 @@
 
     a_iv = softcap((h_i·W_v + b_v)·k) / T_i        logp_i = a_iy − log Σ_v exp a_iv        u_i = ∂logp_i / ∂h_i
 
-Rows go through in chunks, the vocabulary in tiles, and the tile of float32 logits [n, w] is small enough to stay in the
-GPU's L2 cache between the GEMM that writes it and the two steps that read it. What requires grad picks the path; the
-forward numbers are the same bits on all three:
+Rows go through in chunks, the vocabulary in tiles; a tile of float32 logits [n, w] is memory that all of them share.
+What requires grad picks the path; the forward numbers are the same bits on all three:
 - nothing: running statistics alone (one GEMM);
 - hidden only (frozen head): dL/dh_i = (∂L/∂logp_i)·u_i for any loss, so u is formed in the forward pass while the tile
   is hot and backward is one multiply (two GEMMs; recomputing the logits would make it three). With the running maximum
@@ -94,9 +93,9 @@ def token_logprobs(  # noqa: PLR0913 the interface is the contract: the head's f
         temperature: a number, or [N] constants: the sampler's own value.
         softcap, logit_scale: as the model has them; a model that divides its logits by x has logit_scale 1/x.
         return_entropy: True: entropy of the whole distribution, a constant; "grad": differentiable (recompute path).
-        chunk_mb: the most MiB that tiles and sums may take together; see `tile_shape`. The fastest size is about 72
-            to 144, so more changes nothing and less costs time. The torch twin holds up to three more temporaries of
-            the tile's size.
+        chunk_mb: the most MiB that tiles and sums may take together; see `tile_shape`. The fastest size is about
+            120 to 220, so more changes nothing and less costs time. The torch twin holds up to three more
+            temporaries of the tile's size.
         backend: see `resolve_backend`.
 
     Returns:

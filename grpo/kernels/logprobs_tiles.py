@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 MIB = 2**20
 SUM_ELEMENTS = 4 * MIB  # n·H: fills the GPU with one wave of output tiles in the product with W
-MAX_COLUMNS = 8192  # w
+MAX_COLUMNS = 16_384  # w: enough work in a tile to hide three launches even on a slow CPU
 MIN_COLUMNS = 1024
 ROW_RANGE = (512, 4096)  # n
 

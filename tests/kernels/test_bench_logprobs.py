@@ -52,16 +52,17 @@ def test_the_reference_sees_a_wrong_method():
     assert errors["max_logprob_error"] > 1e-3 and errors["gradient_error"] > 1e-3
 
 
-def test_a_failing_peer_is_a_row(monkeypatch):
+def test_a_failing_peer_is_a_row():
     def fails(case, hidden):
         raise RuntimeError("kernel does not fit\nlong story")
 
     case = bench_logprobs.Case.make((64, 16, 100), torch.device("cpu"))
     settings = bench_logprobs.Settings(torch.device("cpu"), 0.001)
-    line = bench_logprobs.row(bench_logprobs.Method("peer", fails), case, bench_logprobs.Reference.of(case), settings)
+    rest = (case, bench_logprobs.Reference.of(case), bench_logprobs.Bound.of(case, settings), settings)
+    line = bench_logprobs.row(bench_logprobs.Method("peer", fails), *rest)
     assert line == {"name": "peer", "skipped": "RuntimeError: kernel does not fit"}
     with pytest.raises(RuntimeError):  # ours never fails quietly
-        bench_logprobs.row(bench_logprobs.Method("ours", fails), case, bench_logprobs.Reference.of(case), settings)
+        bench_logprobs.row(bench_logprobs.Method("ours", fails), *rest)
 
 
 def test_readme_follows_from_the_results():
@@ -70,8 +71,21 @@ def test_readme_follows_from_the_results():
     assert readme.split(begin)[1].split(end)[0].strip() == bench_logprobs.table().strip()
 
 
-def test_measure_counts_calls_and_orders_percentiles():
+def test_update_keeps_other_rows(results):
+    before = json.loads(results.read_text())
+    bench_logprobs.main(
+        ["--toy", "--device", "cpu", "--seconds", "0.01", "--out", str(results), "--update", "--only", "float32"]
+    )
+    after = json.loads(results.read_text())
+    names = [[line["name"] for line in data["shapes"][0]["rows"]] for data in (before, after)]
+    assert sorted(names[0]) == sorted(names[1]) and len(after["shapes"]) == 1
+    assert before["shapes"][0]["rows"][0] == after["shapes"][0]["rows"][0]
+
+
+def test_measure_takes_turns_and_orders_percentiles():
     calls = []
-    found = measure(lambda: calls.append(1), "cpu", warmup_seconds=0.0, seconds=0.0, min_repeats=7)
-    assert len(calls) == 2 + 7 and found.repeats == 7 and found.peak_gib is None
-    assert found.p20_ms <= found.median_ms <= found.p80_ms
+    functions = [lambda: calls.append("a"), lambda: calls.append("b")]
+    found = measure(functions, "cpu", seconds=0.0, min_repeats=7)
+    assert "".join(calls) == "ab" * (1 + 1 + 7)
+    for one in found:
+        assert one.repeats == 7 and one.peak_gib is None and one.p20_ms <= one.median_ms <= one.p80_ms
