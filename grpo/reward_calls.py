@@ -207,18 +207,20 @@ class Log:
         values = list(_plain(values))
         if len(values) != self.num_rows:
             raise ValueError(f"log_extra({name!r}, …): {len(values)} values for {self.num_rows} completions")
-        for row, value in enumerate(values):
-            self.cell(row, name, value)
+        if (column := self._column(name)) is not None:
+            column[:] = [_copied(_plain(value)) for value in values]
 
     def cell(self, row: int, name: str, value: Any) -> None:
         """`log_extra(column, value)` of the sample form, with the row bound."""
+        if (column := self._column(name)) is not None:
+            column[row] = _copied(_plain(value))
+
+    def _column(self, name: str) -> list[Any] | None:
         _check_name(name)
-        if name not in self.columns:
-            if len(self.columns) >= MAX_NAMES:
-                self.num_dropped += 1
-                return
-            self.columns[name] = [None] * self.num_rows
-        self.columns[name][row] = _copied(_plain(value))
+        if name not in self.columns and len(self.columns) >= MAX_NAMES:
+            self.num_dropped += 1
+            return None
+        return self.columns.setdefault(name, [None] * self.num_rows)
 
     def notes(self, row: int, notes: Mapping[str, Any]) -> None:
         """Notes of a Score: numbers become metrics, text becomes columns."""

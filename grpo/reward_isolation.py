@@ -137,8 +137,13 @@ def gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
     ended = guarded(_run, everything)
     if isinstance(ended, Fault):  # a task that the function started itself has torn the loop down
-        results = [result if place in done else ended for place, result in enumerate(results)]
+        torn = [place not in done or _was_cancelled(result) for place, result in enumerate(results)]
+        results = [ended if lost else result for lost, result in zip(torn, results, strict=True)]
     return results
+
+
+def _was_cancelled(result: Any) -> bool:
+    return isinstance(result, Fault) and isinstance(result.error, asyncio.CancelledError)
 
 
 def _run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:

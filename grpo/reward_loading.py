@@ -171,7 +171,9 @@ def _refuse_equal_name(reward: Reward, others: Sequence[Reward]) -> None:
 def describe(value: object, limit: int = 200) -> str:
     """What came from user code, as one printable line: a repr, or an exception's type and text. Never raises."""
     try:
-        text = f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)
+        text = (
+            f"{type(value).__name__}: {value}".removesuffix(": ") if isinstance(value, BaseException) else repr(value)
+        )
     except Exception:  # the boundary to user code: its __str__ or __repr__
         text = f"{type(value).__name__} that cannot be shown"
     return "".join(letter if letter.isprintable() else "�" for letter in clip(text, limit))
