@@ -175,13 +175,14 @@ def methods() -> list[Method]:
 
 def bare_gemms(case: Case, rows: int, *, backward: bool) -> Callable[[], None]:
     """h·Wᵀ and, for `backward`, its product with W: what no exact method can do without, in chunks of `rows`."""
+    hidden = case.hidden.detach()
     n, v = len(case.targets), len(case.weight)
     tile = torch.empty(min(rows, n), v, dtype=case.hidden.dtype, device=case.hidden.device)
-    gradient = torch.empty_like(case.hidden) if backward else None
+    gradient = torch.empty_like(hidden) if backward else None
 
     def run() -> None:
         for start in range(0, n, rows):
-            chunk = case.hidden[start : start + rows]
+            chunk = hidden[start : start + rows]
             logits = torch.mm(chunk, case.weight.T, out=tile[: len(chunk)])
             if gradient is not None:
                 torch.mm(logits, case.weight, out=gradient[start : start + rows])
