@@ -198,7 +198,7 @@ class LoggingConfig(Section):
     every_steps: Int = Field(1, ge=1, description="steps between progress lines")
     trackers: list[Literal["wandb"]] = Field(default_factory=list, description="in addition to the local files")
     completions: Int = Field(3, ge=0, description="sample completions shown at the end")
-    rollouts_every_steps: Int = Field(1, ge=0, description="steps between rollout files; 0 = none")
+    rollouts_every_steps: Int = Field(1, ge=0, description="steps between rollout files, the first always; 0 = none")
 
 
 class RunConfig(Section):

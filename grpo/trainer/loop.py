@@ -132,7 +132,7 @@ class GRPOTrainer(BaseTrainer):
         with self.phase("reference"):
             if batches and config.objective.beta > 0:
                 batches = add_reference_logprobs(self.policy, batches, config.rollout.temperature)
-        if config.logging.rollouts_every_steps and (self.step + 1) % config.logging.rollouts_every_steps == 0:
+        if self._rollouts_are_due():
             self.folder.write_rollouts(self.step + 1, scored, advantages)
         return RolloutBuffer(batches, totals, self._rollout_metrics(sampled))
 
@@ -155,6 +155,12 @@ class GRPOTrainer(BaseTrainer):
             if cache is None:
                 return scored
             return with_overlong_penalty(scored, self.config.rollout.max_completion_length, cache)
+
+    def _rollouts_are_due(self) -> bool:
+        """Whether one of the steps that will use these rollouts is a multiple of the knob; the first always is."""
+        every = self.config.logging.rollouts_every_steps
+        last = self.step + self.config.objective.num_iterations
+        return every > 0 and (self.step == 0 or last // every > self.step // every)
 
     def _refill(self, sampled: ScoredRollouts) -> tuple[ScoredRollouts, ScoredRollouts]:
         """Sample other prompts in place of groups without variance, `max_refill_rounds` times at most.

@@ -62,6 +62,15 @@ def test_the_overlong_penalty_is_a_part_of_its_own(tmp_path):
     assert any(one["advantage"] for one in table)  # length is now what teaches
 
 
+@pytest.mark.parametrize(
+    ("every", "iterations", "wanted"), [(1, 1, [1, 2, 3, 4, 5, 6]), (2, 1, [1, 2, 4, 6]), (3, 2, [1, 3, 5]), (0, 1, [])]
+)
+def test_which_steps_leave_their_rollouts(tmp_path, every, iterations, wanted):
+    make_trainer(tmp_path, max_steps=6, rollouts_every_steps=every, num_iterations=iterations).train()
+    files = sorted((tmp_path / "run" / "rollouts").glob("*")) if every else []
+    assert [int(path.stem.removeprefix("step_")) for path in files] == wanted
+
+
 def scored_of(rewards, prompt_ids):
     completions = [[Completion([1], [-0.1], "stop", str(value)) for value in group] for group in rewards]
     prompts = [Prompt(p, [1], {"prompt": "x"}) for p in prompt_ids]
