@@ -93,9 +93,8 @@ def token_logprobs(  # noqa: PLR0913 the interface is the contract: the head's f
         temperature: a number, or [N] constants: the sampler's own value.
         softcap, logit_scale: as the model has them; a model that divides its logits by x has logit_scale 1/x.
         return_entropy: True: entropy of the whole distribution, a constant; "grad": differentiable (recompute path).
-        chunk_mb: the most MiB that tiles and sums may take together; see `tile_shape`. The fastest size is about
-            120 to 220, so more changes nothing and less costs time. The torch twin holds up to three more
-            temporaries of the tile's size.
+        chunk_mb: the most MiB that tiles and sums may take together; see `tile_shape`. Below about 64 it costs time.
+            The torch twin holds up to three more temporaries of the tile's size.
         backend: see `resolve_backend`.
 
     Returns:

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 MIB = 2**20
 SUM_ELEMENTS = 4 * MIB  # n·H: fills the GPU with one wave of output tiles in the product with W
-MAX_COLUMNS = 16_384  # w: enough work in a tile to hide three launches even on a slow CPU
-MIN_COLUMNS = 1024
-ROW_RANGE = (512, 4096)  # n
+ROW_RANGE = (512, 4096)  # n, while the limit allows
+FEW_ROWS = 256  # below, the GEMMs are bound by reading W
+WIDE, NARROW = 8192, 1024  # w: below WIDE launches and the sum's traffic begin to cost, below NARROW they dominate
 
 
 class TokenLogprobs(NamedTuple):
@@ -108,9 +108,9 @@ class Steps(Protocol):
 def tile_shape(hidden_size: int, vocabulary: int, chunk_mb: float, bytes_per_logit: int = 6) -> tuple[int, int]:
     """Rows n and columns w of the tile of logits, so that n·(w + H)·bytes_per_logit stay within `chunk_mb` MiB.
 
-    (Logits in float32 and E in 16 bits are 6 bytes; so are the sum and W_y, [n, H].) Within that limit n·H is about 4M,
-    which fills a GPU in the product with W. Under a tighter one first w shrinks to 1024, then n, in steps of 128 as
-    long as that leaves any, to 1 at last, which is used even where it does not fit.
+    (Logits in float32 and E in 16 bits are 6 bytes; so are the sum and W_y, [n, H].) n·H is about 4M and w as wide as
+    fits, the vocabulary cut into equal parts. Where that leaves w < 8192, n is halved down to 256; then w shrinks to
+    1024, then n to 1, which is used even where it does not fit.
 
     Raises:
         ValueError: chunk_mb is not a positive number.
@@ -118,13 +118,17 @@ def tile_shape(hidden_size: int, vocabulary: int, chunk_mb: float, bytes_per_log
     if not chunk_mb > 0:
         raise ValueError(f"chunk_mb: {chunk_mb} (want a positive number of MiB)")
     limit = int(chunk_mb * MIB // bytes_per_logit)
+    whole = -(-vocabulary // 64) * 64
     rows = min(max(_down(SUM_ELEMENTS // max(hidden_size, 1), 128), ROW_RANGE[0]), ROW_RANGE[1])
-    columns = min(MAX_COLUMNS, -(-vocabulary // 64) * 64)
-    if rows * (columns + hidden_size) > limit:
-        columns = min(max(_down(limit // rows - hidden_size, 64), MIN_COLUMNS), columns)
-        fitting = min(limit // (columns + hidden_size), rows)
+    while limit // rows - hidden_size < min(whole, WIDE) and _down(rows // 2, 128) >= FEW_ROWS:
+        rows = _down(rows // 2, 128)
+    widest = _down(limit // rows - hidden_size, 64)
+    if widest < min(whole, NARROW):
+        widest = min(whole, NARROW)
+        fitting = limit // (widest + hidden_size)
         rows = _down(fitting, 128) or max(fitting, 1)
-    return rows, columns
+    parts = -(-whole // widest)
+    return rows, -(-whole // (64 * parts)) * 64
 
 
 def scratch_bytes(hidden_size: int, vocabulary: int, chunk_mb: float = 512) -> int:

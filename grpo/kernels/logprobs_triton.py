@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grpo.kernels.logprobs_tiles import Chunk, Coefficients, HeadCall, TokenLogprobs
 
-BLOCK = 1024  # columns handled at once
+BLOCK = 2048  # columns handled at once
 NUM_WARPS = 4
 WIDE_BLOCK = 1024  # the same for rows of [n, H]
 LIMIT = tl.constexpr(32768.0)  # of Σ E in one tile: beyond it r has to rise

@@ -11,6 +11,8 @@ from tests.tolerances import HIDDEN_GRADIENT, relative_error
 pytest.importorskip("triton")
 from grpo.kernels import logprobs_triton
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
