@@ -321,7 +321,12 @@ def test_a_step_that_raises_is_undone(tmp_path):
     steps = trainer.steps()
     next(steps), next(steps)
     generate = trainer.engine.generate
-    trainer.engine.generate = lambda *_: (_ for _ in ()).throw(MemoryError("no room"))
+
+    def fail_late(*_):
+        random.random(), np.random.rand(), torch.rand(1)
+        raise MemoryError("no room")
+
+    trainer.engine.generate = fail_late
     with pytest.raises(MemoryError):
         next(steps)
     trainer.engine.generate = generate
