@@ -292,14 +292,12 @@ class GRPOTrainer(BaseTrainer):
             temperature=evaluation.temperature,
             seed=seed_for(self.config.seed, "evaluation"),
         )
-        version = self.engine.policy_version
         with self.phase("evaluation"), self.engine.awake():
             self.engine.load_weights(self.policy)
             rollouts = self.engine.generate(self.eval_prompts, sampling)
             metrics, self.last_evaluation = evaluate_rollouts(
                 rollouts, self.rewards, evaluation.pass_threshold, seed=self.config.seed
             )
-        self.engine.policy_version = version  # looking does not count as a new policy
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def show_samples(self, count: int) -> None:
