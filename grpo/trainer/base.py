@@ -44,6 +44,12 @@ from grpo.trainer.update import StepResult
 MAX_NONFINITE_IN_A_ROW = 3
 # Knobs that change what is written or shown, never the trajectory: free to differ on resume.
 _FREE_ON_RESUME = ("output_dir", "logging.", "checkpoint.", "evaluation.", "rollout.max_sequences")
+_MEMORY_KNOBS = {
+    "rollout": "rollout.max_sequences or rollout.max_completion_length",
+    "evaluation": "rollout.max_sequences",
+    "update": "update.max_tokens_per_batch, or set update.activation_checkpointing: recompute",
+    "reference": "update.max_tokens_per_batch",
+}
 
 
 class BaseTrainer:
@@ -74,6 +80,7 @@ class BaseTrainer:
         self.stop_requested = False
         self.first_row: dict[str, float] = {}  # measured before the first step, written into its row
         self._interrupted = False
+        self._phase = ""
         self._set_seeds()
 
     # --- what subclasses give --------------------------------------------------------------------------------
@@ -145,6 +152,10 @@ class BaseTrainer:
             except (RunError, InputError):
                 self.save()
                 raise
+            except torch.OutOfMemoryError as error:
+                knobs = _MEMORY_KNOBS.get(self._phase, "update.max_tokens_per_batch or rollout.max_sequences")
+                self.save()
+                raise RunError(f"out of GPU memory in phase {self._phase} (lower {knobs}): {clip(error)}") from error
             finally:
                 self.view = None
 
@@ -199,6 +210,8 @@ class BaseTrainer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A named part of the step: on the ledger, and on the screen."""
+        if name != "save":
+            self._phase = name
         if self.view is not None:
             self.view.phase(name)
         with self.ledger.phase(name):

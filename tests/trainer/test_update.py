@@ -223,6 +223,24 @@ def test_a_non_finite_step_is_skipped_and_kept_for_a_look(tmp_path, where):
     assert "NaN" not in text and len([json.loads(line) for line in text.splitlines()]) == 3
 
 
+@pytest.mark.parametrize(
+    ("phase", "knob"), [("rollout", "rollout.max_sequences"), ("update", "update.max_tokens_per_batch")]
+)
+def test_running_out_of_memory_names_the_knob_and_saves(tmp_path, phase, knob):
+    trainer = make_trainer(tmp_path)
+    steps = trainer.steps()
+    next(steps)
+
+    def out_of_memory(module, arguments):
+        if module.training == (phase == "update"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    trainer.policy.causal_lm.model.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(RunError, match=rf"out of GPU memory in phase {phase} \(lower {knob}"):
+        next(steps)
+    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
+
+
 def test_three_non_finite_steps_end_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     for parameter in trainer.policy.trainable().values():
