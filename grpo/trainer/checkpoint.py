@@ -201,8 +201,8 @@ def _remove(path: Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove a folder of files, manifest last. No subfolder and no link is followed."""
-    for member in sorted(folder.iterdir(), key=lambda member: member.name == MANIFEST):
+    """Remove a folder of files. No subfolder and no link is followed."""
+    for member in list(folder.iterdir()):
         member.unlink()
     folder.rmdir()
 

@@ -213,6 +213,16 @@ def test_the_folder_is_what_the_manifest_says(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
+def test_a_file_is_never_written_over(tmp_path):
+    (tmp_path / "precious").write_text("data")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("precious", "link"):
+        with pytest.raises(FileExistsError):
+            tensor_file.write_file(tmp_path / name, [b"x"])
+    assert (tmp_path / "precious").read_text() == "data"
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_nothing_saved_is_none_and_only_names_of_ours_are_looked_at(tmp_path):
     assert newest_checkpoint(tmp_path, report=pytest.fail) is None
     for name in ("best", "step_5", "step_000009.bak", ".tmp-step_000009-1", ".del-step_000009-1", "xstep_000009"):

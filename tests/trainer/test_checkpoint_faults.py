@@ -295,7 +295,7 @@ def test_failing_at_every_file_operation_is_a_save_error_and_the_last_good_one_s
         if next(calls) <= moment:
             break
     assert not state["failed"]
-    assert refused > 20
+    assert refused > 10
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
