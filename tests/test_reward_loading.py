@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import sys
 import textwrap
@@ -100,10 +101,13 @@ def test_file_relative_and_absolute_is_run_once(tmp_path):
     assert (tmp_path / "runs.txt").read_text() == "x"
 
 
-def test_edited_file_is_another_module(tmp_path):
+def test_edited_file_is_another_module(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = write(tmp_path / "reward.py", "def f(completion): return 1.0")
+    os.utime(path, (1_700_000_000, 1_700_000_000))
     old = load_one("reward.py:f")
-    path.write_text("def f(completion): return 2.0")  # same size, same second: a bytecode cache would not notice
+    path.write_text("def f(completion): return 2.0")
+    os.utime(path, (1_700_000_000, 1_700_000_000))  # same size, same second: a bytecode cache does not notice
     assert load_one("reward.py:f").function("") == 2.0
     assert old.function("") == 1.0
 
@@ -391,7 +395,8 @@ def test_state_goes_round_as_json_and_shares_nothing():
     assert saved == {"Counter": {"metric_names": [], "state": {"seen": [0]}}, "batch_all": {"metric_names": ["length"]}}
 
     fresh = load_rewards([Counter({"seen": [9]}), batch_all], None, COLUMNS)
-    load_reward_states(fresh, json.loads(json.dumps(saved)))
+    assert json.loads(json.dumps(saved)) == saved
+    load_reward_states(fresh, saved)
     assert fresh[0].function.state == {"seen": [0]} and fresh[1].metric_names == ["length"]
     fresh[0].function(completion="")
     assert saved["Counter"]["state"] == {"seen": [0]}
