@@ -578,3 +578,25 @@ def test_saving_needs_no_memory_for_a_second_copy(tmp_path):
     before = row["phase/before/peak_gib"]
     assert row["phase/save/peak_gib"] - before < 0.06
     assert 0.2 < row["phase/load/peak_gib"] - before < 0.31
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_device_are_saved_without_a_second_copy_of_them(tmp_path):
+    torch.cuda.init()
+    tensors = {name: tensor.detach().cuda() for name, tensor in hostile_tensors().items()}
+    tensors["transposed"] = torch.randn(6, 4, device="cuda").t()
+    tensors["large"] = torch.randn(2**26, device="cuda").bfloat16()
+    want = {name: tensor.cpu() for name, tensor in tensors.items()}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    path = save(tmp_path, Checkpoint(1, {"optimizer": tensors}, {}))
+    assert torch.cuda.max_memory_allocated() - before < 2**20
+    got = load_checkpoint(path).tensors["optimizer"]
+    assert torch.equal(got["large"].view(torch.int16), want["large"].view(torch.int16))
+    assert {n: bits(t) for n, t in got.items() if n != "large"} == {n: bits(t) for n, t in want.items() if n != "large"}
+    tensors["large"][5] = float("nan")
+    with pytest.raises(RunError, match="large has values that are not finite"):
+        save(
+            tmp_path,
+            Checkpoint(2, {"policy": tensors | {"odd values": torch.ones(1), "nan payload": torch.ones(1)}}, {}),
+        )
