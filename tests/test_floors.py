@@ -181,13 +181,7 @@ def house() -> dict[str, Path]:
     return files
 
 
-# Breaches that are known and not yet mended: module and reason.
-KNOWN = {"grpo.kernels.logprobs": "asks triton.knobs itself (want that question in logprobs_triton.py)"}
-
-
-@pytest.mark.parametrize(
-    "module", [pytest.param(m, marks=pytest.mark.xfail(reason=KNOWN[m])) if m in KNOWN else m for m in house()]
-)
+@pytest.mark.parametrize("module", house())
 def test_the_house_keeps_its_floors_and_doors(module):
     path = house()[module]
     assert violations(module, path.read_text(encoding="utf-8"), path.name == "__init__.py") == []

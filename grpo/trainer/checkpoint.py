@@ -12,27 +12,25 @@ holds (state.py), and defence against someone who can write the run folder: hash
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import math
 import os
 import re
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from grpo.errors import InputError, RunError, clip
+from grpo.errors import InputError, RunError
 from grpo.trainer.lock import RUN_NAME, RunLock
+from grpo.trainer.manifest import FILE_STEM, MANIFEST, STATE, json_problem, manifest_bytes, parse_json, read_manifest
 from grpo.trainer.tensor_file import (
     CheckpointError,
     FileFacts,
     file_chunks,
-    open_regular,
     read_file,
     read_tensors,
     tensor_bytes,
@@ -50,16 +48,10 @@ __all__ = [
     "save_checkpoint",
 ]
 
-SCHEMA = 1
-FORMAT = "leangrpo checkpoint"
-MANIFEST = "MANIFEST.json"
-STATE = "state.json"
 WEIGHT_FILES = ("policy", "adapter")  # never committed with a NaN or an infinity
 
 _STEP = re.compile(r"step_(\d{6,15})(\.old)?")
 _LEFTOVER = re.compile(r"\.(tmp|del)-step_\d{6,15}(\.old)?-\d+")
-_STEM = re.compile(r"[a-z][a-z0-9_]{0,40}")
-_MAX_MANIFEST = 2**20
 _SPARE_BYTES = 2**20  # headers, manifest, and what the file system needs for itself
 
 
@@ -123,8 +115,14 @@ def _check_request(checkpoint: Checkpoint, run_id: str, keep: int) -> None:
     if not 0 <= checkpoint.step < 10**15:
         raise ValueError(f"step is {checkpoint.step} (want 0 or more)")
     for stem, tensors in checkpoint.tensors.items():
-        if not _STEM.fullmatch(stem) or "__metadata__" in tensors:
+        if not FILE_STEM.fullmatch(stem) or "__metadata__" in tensors:
             raise ValueError(f"file {stem!r}: its name, or that of a tensor in it, cannot be used")
+
+
+def _state_bytes(checkpoint: Checkpoint) -> bytes:
+    if (problem := json_problem(checkpoint.state, "state")) is not None:
+        raise RunError(f"step_{checkpoint.step:06d} was not saved: {problem}")
+    return json.dumps(checkpoint.state, allow_nan=False).encode()
 
 
 def _commit(folder: Path, name: str, checkpoint: Checkpoint, state: bytes, facts: Mapping[str, str]) -> None:
@@ -136,8 +134,7 @@ def _commit(folder: Path, name: str, checkpoint: Checkpoint, state: bytes, facts
             chunks = file_chunks(tensors, finite=stem in WEIGHT_FILES)
             files[f"{stem}.safetensors"] = write_file(temporary / f"{stem}.safetensors", chunks)
         files[STATE] = write_file(temporary / STATE, [state])
-        manifest = {**facts, "step": checkpoint.step, "files": {file: asdict(known) for file, known in files.items()}}
-        write_file(temporary / MANIFEST, [_seal({"format": FORMAT, "schema": SCHEMA, **manifest})])
+        write_file(temporary / MANIFEST, [manifest_bytes(files, step=checkpoint.step, **facts)])
         _sync(temporary)
         _move_in(temporary, folder / name)
     except BaseException as error:
@@ -186,7 +183,7 @@ def _is_ours(path: Path) -> bool:
     if path.is_symlink():
         return False
     try:
-        known = {MANIFEST, *_read_manifest(path)["files"]}
+        known = {MANIFEST, *read_manifest(path).files}
     except CheckpointError:
         return False
     return all(member.name in known and stat.S_ISREG(member.lstat().st_mode) for member in path.iterdir())
@@ -256,40 +253,6 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-# --- JSON ----------------------------------------------------------------------------------------------------
-
-
-def _state_bytes(checkpoint: Checkpoint) -> bytes:
-    problem = _json_problem(checkpoint.state, "state")
-    if problem:
-        raise RunError(f"step_{checkpoint.step:06d} was not saved: {problem}")
-    return json.dumps(checkpoint.state, allow_nan=False).encode()
-
-
-def _json_problem(value: Any, path: str) -> str | None:
-    """Why `value` would not come back from JSON as it is; None if it would (floats do, to the last bit)."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{path} is {value} (want a finite number)"
-    if value is None or isinstance(value, str | int | float):
-        return None
-    if isinstance(value, list | tuple):
-        children = [(f"{path}[{index}]", child) for index, child in enumerate(value)]
-    elif isinstance(value, dict):
-        if odd := [key for key in value if not isinstance(key, str)]:
-            return f"{path} has the key {clip(repr(odd[0]))} (want text)"
-        children = [(f"{path}.{key}", child) for key, child in value.items()]
-    else:
-        return f"{path} is {clip(repr(value))} (want a JSON value)"
-    return next((problem for name, child in children if (problem := _json_problem(child, name))), None)
-
-
-def _seal(manifest: Mapping[str, Any]) -> bytes:
-    """The one way to write a manifest: with the hash of its own canonical text, so that no byte of it can change."""
-    text = json.dumps(manifest, sort_keys=True)
-    sealed = {**manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return (json.dumps(sealed, sort_keys=True, indent=1) + "\n").encode()
-
-
 # --- loading -------------------------------------------------------------------------------------------------
 
 
@@ -336,13 +299,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         if path.is_symlink():
             raise CheckpointError(f"{path}: is a symbolic link (want the folder itself)")
-        manifest = _read_manifest(path)
-        files = {name: FileFacts(**known) for name, known in manifest["files"].items()}
-        state = _parse_json(path / STATE, read_file(path / STATE, files.pop(STATE)))
-        tensors = {Path(name).stem: read_tensors(path / name, facts) for name, facts in files.items()}
+        manifest = read_manifest(path)
+        state = parse_json(path / STATE, read_file(path / STATE, manifest.files[STATE]))
+        tensors = {
+            Path(name).stem: read_tensors(path / name, facts) for name, facts in manifest.files.items() if name != STATE
+        }
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
-    return Checkpoint(manifest["step"], tensors, state)
+    return Checkpoint(manifest.step, tensors, state)
 
 
 def _candidates(folder: Path) -> list[tuple[Path, int]]:
@@ -350,51 +314,3 @@ def _candidates(folder: Path) -> list[tuple[Path, int]]:
     found = [(path, match) for path in _members(folder) if (match := _STEP.fullmatch(path.name))]
     found.sort(key=lambda item: (-int(item[1][1]), item[1][2] is not None))
     return [(path, int(match[1])) for path, match in found]
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, verified to the last byte. Raises CheckpointError."""
-    file = path / MANIFEST
-    try:
-        descriptor, _ = open_regular(file)
-        try:
-            text = os.read(descriptor, _MAX_MANIFEST)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
-    manifest = _parse_json(file, text)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: is not the manifest of a checkpoint")
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{file}: schema is {clip(manifest.get('schema'))} (this version reads {SCHEMA})")
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    if _seal(body) != text or not _well_formed(body):
-        raise CheckpointError(f"{file}: is damaged")
-    return manifest
-
-
-def _well_formed(manifest: Mapping[str, Any]) -> bool:
-    step, files = manifest.get("step"), manifest.get("files")
-    if type(step) is not int or step < 0 or not isinstance(files, dict) or STATE not in files:
-        return False
-    try:
-        [FileFacts(**known) for known in files.values()]
-    except (TypeError, ValueError):
-        return False
-    stems = [name.removesuffix(".safetensors") for name in files if name != STATE]
-    return all(f"{stem}.safetensors" in files and _STEM.fullmatch(stem) for stem in stems)
-
-
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
-    return value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

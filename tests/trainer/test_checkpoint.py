@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 
 from grpo.errors import InputError, RunError
-from grpo.trainer import checkpoint as checkpoint_module
 from grpo.trainer import tensor_file
 from grpo.trainer.checkpoint import (
     Checkpoint,
@@ -26,6 +25,7 @@ from grpo.trainer.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from grpo.trainer.manifest import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = {"run_id": "run-1", "config_hash": "c0ffee"}
@@ -35,6 +35,12 @@ def bits(tensor):
     """What equality means here: dtype, shape and every byte (NaN payloads and −0 included)."""
     flat = tensor.detach().contiguous().reshape(-1)
     return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch):
+    """Syncing costs time here; its order is tested in test_checkpoint_faults.py."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def assert_same(got, want):
@@ -352,7 +358,7 @@ def rewrite(path, **changes):
     """The manifest changed by someone who can also seal it."""
     manifest = json.loads((path / "MANIFEST.json").read_text())
     del manifest["sha256"]
-    (path / "MANIFEST.json").write_bytes(checkpoint_module._seal({**manifest, **changes}))
+    (path / "MANIFEST.json").write_bytes(seal({**manifest, **changes}))
 
 
 def files_of(path, **changes):
