@@ -51,7 +51,9 @@ def resolve_backend(
             raise ValueError("backend: triton is not installed (want it installed, or backend torch)")
         if dtype == torch.float64:
             raise ValueError("backend: triton has no float64 (want backend torch)")
-        if kind != "cuda" and not _interprets_triton():
+        from grpo.kernels.logprobs_triton import interprets
+
+        if kind != "cuda" and not interprets():
             raise ValueError(f"backend: triton cannot run on {kind} (want a CUDA device, or backend torch)")
         return "triton", "asked for"
     if kind != "cuda":
@@ -61,12 +63,6 @@ def resolve_backend(
     if dtype == torch.float64:
         return "torch", "auto: float64"
     return "triton", "auto: CUDA"
-
-
-def _interprets_triton() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 @torch.compiler.disable

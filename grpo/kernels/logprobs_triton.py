@@ -28,6 +28,11 @@ LIMIT = tl.constexpr(32768.0)  # of Σ E in one tile: beyond it r has to rise
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, which needs no CUDA device."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 @triton.jit
 def _tanh(x):  # type: ignore[no-untyped-def]
     # No libdevice: the interpreter lacks it. Series below 0.15, where (1 − t)/(1 + t) would lose digits.
