@@ -22,14 +22,20 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def evaluate_rollouts(
-    rollouts: Rollouts, rewards: Sequence[Reward], pass_threshold: float, seed: int = 0
+    rollouts: Rollouts,
+    rewards: Sequence[Reward],
+    pass_threshold: float,
+    *,
+    seed: int = 0,
+    step: int = 0,
+    max_steps: int = 1,
 ) -> tuple[dict[str, float], ScoredRollouts]:
     """Score `rollouts` and summarise: reward, accuracy (= mean@1), pass@k for k = 1, 2, 4, … n, lengths.
 
     A completion without a valid reward counts as wrong in accuracy and is left out of the mean reward;
-    `invalid_frac` says how many there were.
+    `invalid_frac` says how many there were. `step` is the number of optimizer steps done.
     """
-    scored = score(rollouts, rewards, step=0, max_steps=0, on_error="none", seed=seed)
+    scored = score(rollouts, rewards, step=step + 1, max_steps=max_steps, on_error="none", seed=seed)
     flat = [value for group in scored.rewards for value in group]
     valid = [value for value in flat if value is not None]
     right = [[value is not None and value >= pass_threshold for value in group] for group in scored.rewards]

@@ -23,6 +23,18 @@ def test_k_beyond_the_samples_is_refused():
         pass_at_k(4, 1, 5)
 
 
+def test_rewards_see_where_the_run_stands():
+    seen = []
+
+    def reward(completion, trainer_state):
+        seen.append((trainer_state.global_step, trainer_state.max_steps))
+        return 1.0
+
+    rollouts = Rollouts([Prompt(0, [1], {"prompt": "x"})], [[Completion([4], [-1.0], "stop", "a")]], 0)
+    evaluate_rollouts(rollouts, load_rewards([reward], None, {"prompt"}), 1.0, step=7, max_steps=9)
+    assert seen == [(7, 9)]
+
+
 def test_summary_of_rollouts_by_hand():
     texts = [["a", "aa", "b", "c"], ["b", "b", "c", "c"], ["a", "a", "a", "broken"]]
 

@@ -296,7 +296,12 @@ class GRPOTrainer(BaseTrainer):
             self.engine.load_weights(self.policy)
             rollouts = self.engine.generate(self.eval_prompts, sampling)
             metrics, self.last_evaluation = evaluate_rollouts(
-                rollouts, self.rewards, evaluation.pass_threshold, seed=self.config.seed
+                rollouts,
+                self.rewards,
+                evaluation.pass_threshold,
+                seed=self.config.seed,
+                step=self.step,
+                max_steps=self.config.max_steps,
             )
         return {f"eval_{name}": value for name, value in metrics.items()}
 
