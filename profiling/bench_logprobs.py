@@ -161,7 +161,7 @@ def methods() -> list[Method]:
     return [
         ours("triton", 512),
         ours("triton", 128),
-        ours("triton", 16),
+        ours("triton", 32),
         ours("torch", 512),
         Method("TRL chunked head", trl_chunked_head, needs="trl"),
         Method("bf16 selective log-softmax", selective_log_softmax),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -132,9 +133,20 @@ def environment(device: torch.device | str, commit: str | None = None) -> dict[s
         "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": commit or _first_line(["git", "rev-parse", "HEAD"]),
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *_without_paths(sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _without_paths(arguments: list[str]) -> list[str]:
+    """The arguments less `--out` and `--commit` with their values, which change no figure."""
+    kept = []
+    skip = False
+    for argument in arguments:
+        if not skip and argument not in ("--out", "--commit"):
+            kept.append(shlex.quote(argument))
+        skip = argument in ("--out", "--commit")
+    return kept
 
 
 def _version(package: str) -> str | None:

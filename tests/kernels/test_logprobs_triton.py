@@ -9,9 +9,11 @@ from tests.kernels.conftest import Twin
 from tests.tolerances import HIDDEN_GRADIENT, relative_error
 
 pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpretedFunction
+
 from grpo.kernels import logprobs_triton
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -19,6 +21,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def skip_unless(device):
     if (device == "cuda") != torch.cuda.is_available():
         pytest.skip(f"not a {device} process")
+    if device == "cpu" and not isinstance(logprobs_triton._fold_kernel, InterpretedFunction):
+        pytest.fail("triton was imported before TRITON_INTERPRET=1 was set (set it in tests/conftest.py)")
 
 
 class Step:
