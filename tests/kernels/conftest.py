@@ -1,13 +1,9 @@
 """The twins under test. Without a CUDA device Triton runs in its interpreter, which has to be asked for before import."""
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from grpo.kernels import TokenLogprobs, logprobs, token_logprobs
 
