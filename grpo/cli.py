@@ -6,6 +6,7 @@ Left out: anything a Python caller could want too. Each command is a few lines o
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import tyro
 from grpo.errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from grpo.config import RunConfig
     from grpo.trainer.base import BaseTrainer
 
 STOPPED = 75
@@ -47,13 +49,7 @@ def train(
     from grpo.config import GRPOConfig
 
     resolved = GRPOConfig.from_file(config, overrides)
-    if dry_run:
-        sys.stdout.write(resolved.to_yaml())
-        return 0
-    from grpo.trainer.loop import GRPOTrainer
-
-    _quiet_library_bars()
-    return _run(GRPOTrainer(args=resolved), resume, allow_change)
+    return _start(resolved, "grpo.trainer.loop:GRPOTrainer", resume, allow_change, dry_run)
 
 
 def sft(
@@ -69,13 +65,7 @@ def sft(
     from grpo.config import SFTConfig
 
     resolved = SFTConfig.from_file(config, overrides)
-    if dry_run:
-        sys.stdout.write(resolved.to_yaml())
-        return 0
-    from grpo.sft import SFTTrainer
-
-    _quiet_library_bars()
-    return _run(SFTTrainer(args=resolved), resume, allow_change)
+    return _start(resolved, "grpo.sft:SFTTrainer", resume, allow_change, dry_run)
 
 
 def evaluate(
@@ -145,6 +135,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write("interrupted\n")
         code = STOPPED
     sys.exit(code)
+
+
+def _start(resolved: RunConfig, trainer: str, resume: bool, allow_changes: tuple[str, ...], dry_run: bool) -> int:
+    """Print the configuration, or import what trains (torch and all) and run it."""
+    if dry_run:
+        sys.stdout.write(resolved.to_yaml())
+        return 0
+    _quiet_library_bars()
+    module, _, name = trainer.partition(":")
+    return _run(getattr(importlib.import_module(module), name)(args=resolved), resume, allow_changes)
 
 
 def _quiet_library_bars() -> None:

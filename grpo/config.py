@@ -3,6 +3,7 @@
 YAML uses the sections below; Python may also pass the same names flat (`GRPOConfig(num_generations=8)`), and the
 names that users of TRL type are understood (`trl_names.py`). Problems are collected and raised together as one
 `InputError`; nothing edits the user's values.
+Longer than a file should be, since the table of all knobs is one thing to read.
 Left out: reading files of the model or the data. What can only be known from them is checked where they are read.
 """
 
