@@ -291,3 +291,26 @@ def test_help_is_instant_and_imports_no_torch():
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout and "evaluate" in done.stdout
+
+
+def test_a_tracker_is_an_addition_and_its_loss_ends_nothing(home, capsys, monkeypatch):
+    import wandb
+
+    seen = []
+
+    class Tracker:
+        def log(self, row, step):
+            seen.append((step, row["reward"]))
+            if step == 2:
+                raise wandb.errors.CommError("network is down")
+
+        def finish(self):
+            seen.append("finished")
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Tracker())
+    code, out, err = run("train", "config.yaml", "logging.trackers=[wandb]", capsys=capsys)
+    assert code == 0, err
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert seen == [(1, rows[0]["reward"]), (2, rows[1]["reward"])]
+    assert out.count("tracker stopped, the run goes on without it: network is down") == 1
+    assert [row["step"] for row in rows] == [1, 2, 3]
