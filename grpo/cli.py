@@ -104,14 +104,16 @@ def evaluate(
 
 def demo(
     seed: Annotated[int, tyro.conf.arg(help="of data, model and sampling")] = 0,
-    output_dir: Annotated[Path, tyro.conf.arg(help="run folder")] = Path("runs/demo"),
+    output_dir: Annotated[
+        Path | None, tyro.conf.arg(help="run folder; default: runs/demo, or the next free name")
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Warm up a tiny model and train it with GRPO, on a CPU, in about a minute."""
-    from grpo.demo import run_demo
+    from grpo.demo import free_folder, run_demo
 
     _quiet_library_bars()
-    run_demo(seed, output_dir)
+    run_demo(seed, output_dir or free_folder(Path("runs/demo")))
     return 0
 
 

@@ -151,13 +151,27 @@ def grpo_config(seed: int, folder: Path, reward_weights: list[float]) -> GRPOCon
     )
 
 
+def holds_demo(folder: Path) -> bool:
+    """Whether a demo has run, or begun to, in `folder`."""
+    return any((folder / name).exists() for name in ("summary.json", "metrics.jsonl", "warm_start"))
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of `wanted-2`, `wanted-3`, … in which no demo has run."""
+    folder, number = wanted, 1
+    while holds_demo(folder):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
 def run_demo(seed: int, output_dir: Path, teacher: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Warm start, then GRPO. Returns and writes the summary. Raises `InputError` when the folder holds a run.
 
     `teacher` replaces the reward that trains (the control pays at random); accuracy is always `sort_reward`'s.
     """
     start = time.monotonic()
-    if any((output_dir / name).exists() for name in ("summary.json", "metrics.jsonl", "warm_start")):
+    if holds_demo(output_dir):
         raise InputError(f"{output_dir}: holds a run (want --output-dir NEW, or remove it)")
     import torch
 

@@ -7,6 +7,7 @@ import pytest
 from grpo.demo import (
     DIGITS,
     NUM_EVAL,
+    free_folder,
     make_demonstrations,
     make_model,
     make_problems,
@@ -64,6 +65,13 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(InputError, match="holds a run"):
         run_demo(0, tmp_path)
+
+
+def test_running_it_again_takes_the_next_free_name(tmp_path):
+    for name in ("demo", "demo-2"):
+        assert free_folder(tmp_path / "demo") == tmp_path / name
+        (tmp_path / name / "warm_start").mkdir(parents=True)
+    assert free_folder(tmp_path / "demo") == tmp_path / "demo-3"
 
 
 @pytest.mark.slow
