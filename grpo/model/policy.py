@@ -88,7 +88,10 @@ class Policy:
         self.head = self._probe_head()
         self.packs = self._probe_packing()
         self._reference: Any = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
-        if activation_checkpointing == "recompute" and self.causal_lm.supports_gradient_checkpointing:
+        self.lacks_checkpointing = (
+            activation_checkpointing == "recompute" and not self.causal_lm.supports_gradient_checkpointing
+        )
+        if activation_checkpointing == "recompute" and not self.lacks_checkpointing:
             # transformers renamed it within 5.x
             new = getattr(self.causal_lm, "activation_checkpointing_enable", None)
             (new or self.causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -127,6 +130,8 @@ class Policy:
         ]
         backend, reason = resolve_backend("auto", self.device, self.head.weight.dtype)
         lines.append(f"log-prob head: {backend} ({reason}), tile of {self.chunk_mb} MiB")
+        if self.lacks_checkpointing:
+            lines.append("this architecture has no activation checkpointing: every layer's activations are kept")
         if not self.packs:
             lines.append("this architecture does not keep packed documents apart: documents run one by one (slower)")
         if not self.adapted and any(p.dtype == torch.bfloat16 for p in self.trainable().values()):

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -127,6 +127,7 @@ class BaseTrainer:
         try:
             if resume_from_checkpoint:
                 self.resume(allow_changes)
+            self.folder.write_facts()
             yield from self._loop()
         finally:
             self.folder.close()
@@ -239,6 +240,7 @@ class BaseTrainer:
                 raise KeyboardInterrupt
             self._interrupted = True
 
+        self._interrupted = False  # a second Ctrl-C, or an error, may have ended the step before
         signal.signal(signal.SIGINT, on_interrupt)
         try:
             yield
@@ -263,8 +265,10 @@ class BaseTrainer:
                 )
             except SaveError as error:
                 self.say(f"warning: {clip(error, 300)}; the run goes on, the last whole checkpoint stays")
-            with suppress(OSError):
+            try:
                 write_report(self.folder.path)
+            except OSError as error:
+                self.say(f"warning: report.html was not written: {clip(error, 200)}")
 
     def resume(self, allow_changes: Sequence[str] = ()) -> None:
         """Load the newest checkpoint that verifies. Without one the run starts at step 0, and says so."""

@@ -59,7 +59,7 @@ class RunFolder:
         return has_checkpoint or (self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0)
 
     def open(self, resume: bool, trackers: Sequence[str] = ()) -> None:
-        """Take the lock, refuse a foreign run unless `resume`, and write config.yaml and environment.json."""
+        """Take the lock, refuse a foreign run unless `resume`, start the trackers."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(self.path, self.run_id)
         lock.__enter__()
@@ -72,10 +72,13 @@ class RunFolder:
             )
         self._owned = True
         clean_leftovers(self.path)
+        self._trackers = [tracker for name in trackers if (tracker := self._start_tracker(name)) is not None]
+
+    def write_facts(self) -> None:
+        """config.yaml and environment.json; after a resume was found to fit, so that a refused one changes nothing."""
         (self.path / "config.yaml").write_text(self._config_yaml, encoding="utf-8")
         environment = json.dumps(environment_facts() | {"run_id": self.run_id}, indent=2)
         (self.path / "environment.json").write_text(environment + "\n", encoding="utf-8")
-        self._trackers = [tracker for name in trackers if (tracker := self._start_tracker(name)) is not None]
 
     def close(self) -> None:
         """Finish the trackers and release the lock."""

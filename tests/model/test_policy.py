@@ -172,6 +172,21 @@ def test_recomputation_changes_no_bit():
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
+def test_a_model_without_checkpointing_says_so():
+    model = tiny_model()
+    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
+    try:
+        assert any(
+            "no activation checkpointing" in line
+            for line in Policy(model, activation_checkpointing="recompute").notes()
+        )
+    finally:
+        type(model).supports_gradient_checkpointing = before
+    assert not any(
+        "checkpointing" in line for line in Policy(tiny_model(), activation_checkpointing="recompute").notes()
+    )
+
+
 def test_a_saved_adapter_is_merged_at_load_and_starts_the_next_stage(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     base = load_model(ModelConfig(name_or_path=str(tmp_path / "base"), dtype="float32", device="cpu"))

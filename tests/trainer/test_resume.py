@@ -258,12 +258,16 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
 
 def test_resuming_with_other_settings_is_refused_by_name(tmp_path):
     make(tmp_path / "run", max_steps=2).train()
+    facts = {
+        name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "environment.json", "metrics.jsonl")
+    }
     with pytest.raises(InputError) as error:
         make(tmp_path / "run", max_steps=4, learning_rate=1e-3).train(resume_from_checkpoint=True)
     assert [line.split(": ", 1)[1].split(" (")[0] for line in error.value.lines] == [
         "max_steps was 2, is 4",
         "optimizer.learning_rate was 0.01, is 0.001",
     ]
+    assert facts == {name: (tmp_path / "run" / name).read_bytes() for name in facts}  # a refused resume changes nothing
     row = make(tmp_path / "run", max_steps=4).train(resume_from_checkpoint=True, allow_changes=["max_steps"])
     assert row["step"] == 4
 
@@ -312,6 +316,23 @@ def test_ctrl_c_arrives_at_a_step_boundary_and_training_goes_on(tmp_path, python
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     trainer.train()
     assert differences(final_state(whole), final_state(trainer)) == []
+
+
+class Impatient(CountingReward):
+    def __call__(self, completion, answer):
+        value = super().__call__(completion, answer)
+        if self.calls in (20, 21):
+            os.kill(os.getpid(), signal.SIGINT)
+        return value
+
+
+def test_a_second_ctrl_c_acts_at_once_and_is_forgotten(tmp_path, pythons_own_sigint):
+    trainer = make(tmp_path / "run")
+    trainer.rewards[0].function.__class__ = Impatient
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.rewards[0].function.__class__ = CountingReward
+    assert trainer.train()["step"] == STEPS
 
 
 def test_a_step_that_raises_is_undone(tmp_path):
