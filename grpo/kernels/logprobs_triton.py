@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo.kernels.helpers_triton import expm1, log1p, tanh
 from grpo.kernels.logprobs_tiles import Chunk, Coefficients, HeadCall, TokenLogprobs
 
 BLOCK = 2048  # columns handled at once
@@ -28,37 +29,6 @@ LIMIT = tl.constexpr(32768.0)  # of Σ E in one tile: beyond it r has to rise
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-def interprets() -> bool:
-    """Whether kernels run in Triton's interpreter, which needs no CUDA device."""
-    return bool(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    # No libdevice: the interpreter lacks it. Series below 0.15, where (1 − t)/(1 + t) would lose digits.
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
-    t = tl.exp(-2 * tl.abs(x))
-    size = (1 - t) / (1 + t)
-    return tl.where(tl.abs(x) < 0.15, series, tl.where(x < 0, -size, size))
-
-
-@triton.jit
-def _log1p(x):  # type: ignore[no-untyped-def]
-    # 2·atanh(x/(2 + x)) for small x ≥ 0: log(1 + x) would round 1 + x first.
-    z = x / (2 + x)
-    square = z * z
-    series = 2 * z * (1 + square * (1 / 3 + square * (1 / 5 + square / 7)))
-    return tl.where(x < 0.1, series, tl.log(1 + x))
-
-
-@triton.jit
-def _expm1(x):  # type: ignore[no-untyped-def]
-    # For x ≤ 0: series above −0.1, where exp(x) − 1 would cancel.
-    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720)))))
-    return tl.where(x > -0.1, series, tl.exp(x) - 1)
-
-
 @triton.jit
 def _process(  # type: ignore[no-untyped-def]
     z, logit_scale, softcap, temperature, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr  # noqa: N803
@@ -66,7 +36,7 @@ def _process(  # type: ignore[no-untyped-def]
     """h·W + b as (a, 1 − tanh²)."""
     slope = 1.0
     if HAS_SOFTCAP:
-        bounded = _tanh(z * (logit_scale / softcap))
+        bounded = tanh(z * (logit_scale / softcap))
         slope = 1 - bounded * bounded
         z = bounded * (softcap / temperature)
     elif HAS_SCALE:
@@ -241,7 +211,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are c
     own = tl.exp(gap)
     total = others + own
     log_total = tl.log(total)
-    logprob = tl.where(own >= others, -_log1p(others / own), gap - log_total)
+    logprob = tl.where(own >= others, -log1p(others / own), gap - log_total)
     tl.store(logprobs_ptr + place, tl.where(in_vocabulary, logprob, float("nan")))
     tl.store(lse_ptr + place, peak + log_total)
     if WITH_ENTROPY:
@@ -281,7 +251,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 flags are
     scale = logit_scale / temperature
     c = tl.load(c_ptr + place) * scale
     c = tl.where(logprob != logprob, logprob, c)  # NaN: a target outside the vocabulary
-    at_target = -c * _expm1(logprob)  # c·(1 − p_y) without cancellation
+    at_target = -c * expm1(logprob)  # c·(1 − p_y) without cancellation
     if HAS_E:
         e = tl.load(e_ptr + place) * scale
         entropy = tl.load(entropy_ptr + place)
