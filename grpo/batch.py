@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Record = TypeVar("Record")
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -90,6 +91,32 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Which rows of a bin see which, in numbers the host knows (reading them from the device would stall it).
+
+    A bin is S segments laid end to end. The rows of a segment attend causally to each other and, before that, to all
+    rows of its prefix: (first row, number of rows) of an earlier segment, (0, 0) for none. Without prefixes a segment
+    is a document. The keys of segment s, prefix rows first, are rows `key_index[key_cu_seqlens[s]:key_cu_seqlens[s+1]]`
+    of the bin; both are None when no segment has a prefix, since keys are then the rows themselves.
+    """
+
+    lengths: tuple[int, ...]  # S
+    prefixes: tuple[tuple[int, int], ...]  # S
+    cu_seqlens: Tensor  # [S+1] int32
+    key_cu_seqlens: Tensor | None = None  # [S+1] int32
+    key_index: Tensor | None = None  # [K] int64
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Keys that each segment sees: its prefix and itself."""
+        return tuple(length + prefix[1] for length, prefix in zip(self.lengths, self.prefixes, strict=True))
+
+    def to(self, device: Any) -> Segments:
+        """The same with every tensor on `device`."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """One packed bin. Row t of the hidden states predicts `targets[t]`; all of [T] unless said otherwise.
 
@@ -102,23 +129,33 @@ class TokenBatch:
     input_ids: Tensor  # [T] int64
     targets: Tensor  # [T] int64
     positions: Tensor  # [T] int64, restarting at 0 in each document
-    cu_seqlens: Tensor  # [D+1] int32
     loss_mask: Tensor  # [T] bool
     advantages: Tensor  # [T] float32, 0 outside the loss mask
     sampler_logprobs: Tensor  # [T] float32
     scored_index: Tensor  # [N] int64
     completion_cu_seqlens: Tensor  # [D+1] int32
     row_ids: Tensor  # [D] int64
-    max_seqlen: int
+    segments: Segments
     old_logprobs: Tensor | None = None  # [T] float32
     reference_logprobs: Tensor | None = None  # [T] float32
 
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[S+1] int32 bounds of the segments; S = D unless prompts are shared."""
+        return self.segments.cu_seqlens
+
     def to(self, device: Any) -> TokenBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if hasattr(value, "to")
-        }
-        return replace(self, **moved)
+        return _moved(self, device)
+
+
+def _moved(record: Record, device: Any) -> Record:
+    moved = {
+        name: value.to(device) if isinstance(value, Segments) else value.to(device, non_blocking=True)
+        for name, value in vars(record).items()
+        if hasattr(value, "to")
+    }
+    return replace(record, **moved)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ Left out: padding. A bin is [1, T] with `cu_seqlens`, never a rectangle.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from grpo.batch import ScoredRollouts, TokenBatch, Totals
+from grpo.batch import ScoredRollouts, Segments, TokenBatch, Totals
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,23 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             bins.append([item])
             room.append(capacity - lengths[item])
     return bins
+
+
+def segments(lengths: Sequence[int], prefixes: Sequence[tuple[int, int]] | None = None) -> Segments:
+    """Segments of the given numbers of rows; `prefixes` as in `Segments` (default: none)."""
+    prefixes = tuple(prefixes or [(0, 0)] * len(lengths))
+    starts = [0, *itertools.accumulate(lengths)]
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+    if not any(count for _, count in prefixes):
+        return Segments(tuple(lengths), prefixes, cu_seqlens)
+    keys: list[int] = []
+    key_starts = [0]
+    for start, length, (first, count) in zip(starts, lengths, prefixes, strict=False):
+        keys += [*range(first, first + count), *range(start, start + length)]
+        key_starts.append(len(keys))
+    return Segments(
+        tuple(lengths), prefixes, cu_seqlens, torch.tensor(key_starts, dtype=torch.int32), torch.tensor(keys)
+    )
 
 
 def pack_documents(documents: Sequence[Document], tokens_per_batch: int) -> list[TokenBatch]:
@@ -99,7 +117,7 @@ def _token_batch(documents: Sequence[Document]) -> TokenBatch:
     targets: list[int] = []
     positions: list[int] = []
     scored: list[int] = []
-    starts, completion_starts = [0], [0]
+    completion_starts = [0]
     advantages: list[float] = []
     sampler: list[float] = []
     for document in documents:
@@ -110,7 +128,6 @@ def _token_batch(documents: Sequence[Document]) -> TokenBatch:
         targets += tokens[1:]
         positions += range(document.length)
         scored += range(first, first + num_completion)
-        starts.append(len(ids))
         completion_starts.append(len(scored))
         advantages += [0.0] * (num_prompt - 1) + [document.advantage] * num_completion
         sampler += [0.0] * (num_prompt - 1) + list(document.sampler_logprobs or [0.0] * num_completion)
@@ -121,12 +138,11 @@ def _token_batch(documents: Sequence[Document]) -> TokenBatch:
         input_ids=torch.tensor(ids, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         loss_mask=loss_mask,
         advantages=torch.tensor(advantages, dtype=torch.float32),
         sampler_logprobs=torch.tensor(sampler, dtype=torch.float32),
         scored_index=index,
         completion_cu_seqlens=torch.tensor(completion_starts, dtype=torch.int32),
         row_ids=torch.tensor([document.row_id for document in documents], dtype=torch.int64),
-        max_seqlen=max(document.length for document in documents),
+        segments=segments([document.length for document in documents]),
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from grpo.batch import RolloutBuffer, TokenBatch, Totals
 from grpo.errors import InputError, clip
 from grpo.optim import load_optimizer_state, optimizer_state
+from grpo.packing import segments
 from grpo.scoring import load_reward_states, reward_states
 from grpo.trainer.checkpoint import Checkpoint
 
@@ -98,19 +99,23 @@ def _load_optimizer(trainer: Any, tensors: Mapping[str, Tensor]) -> None:
 
 # --- rollouts not yet used -----------------------------------------------------------------------------------
 
-_BATCH_TENSORS = [name for name in TokenBatch.__dataclass_fields__ if name != "max_seqlen"]
+_BATCH_TENSORS = [name for name in TokenBatch.__dataclass_fields__ if name != "segments"]
 
 
 def _buffer_tensors(trainer: Any) -> Tensors:
     buffer: RolloutBuffer | None = trainer.buffer
     if buffer is None:
         return {}
-    return {
+    tensors = {
         f"{index}/{name}": value
         for index, batch in enumerate(buffer.batches)
         for name in _BATCH_TENSORS
         if (value := getattr(batch, name)) is not None
     }
+    for index, batch in enumerate(buffer.batches):
+        tensors[f"{index}/lengths"] = torch.tensor(batch.segments.lengths)
+        tensors[f"{index}/prefixes"] = torch.tensor(batch.segments.prefixes)
+    return tensors
 
 
 def _load_buffer_tensors(trainer: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -118,10 +123,13 @@ def _load_buffer_tensors(trainer: Any, tensors: Mapping[str, Tensor]) -> None:
     for key, value in tensors.items():
         index, _, name = key.partition("/")
         grouped.setdefault(int(index), {})[name] = value
-    batches = [
-        TokenBatch(max_seqlen=int(fields["cu_seqlens"].diff().max()), **fields) for _, fields in sorted(grouped.items())
-    ]
+    batches = [_batch(fields) for _, fields in sorted(grouped.items())]
     trainer.buffer = RolloutBuffer(batches, Totals(0, 0, 0), {}) if batches else None
+
+
+def _batch(fields: dict[str, Tensor]) -> TokenBatch:
+    lengths, prefixes = fields.pop("lengths").tolist(), fields.pop("prefixes").tolist()
+    return TokenBatch(segments=segments(lengths, [(first, count) for first, count in prefixes]), **fields)
 
 
 def _buffer_facts(trainer: Any) -> Any:
