@@ -163,17 +163,18 @@ class _KeepU(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall) -> Any:
         u = torch.empty(hidden.shape, dtype=call.dtype, device=hidden.device)
         out = _score(hidden, weight, bias, call, u)
-        # Not save_for_backward: u belongs to this function alone and is overwritten.
-        ctx.u, ctx.hidden_dtype = u, hidden.dtype
+        ctx.save_for_backward(u)  # so that a caller's hooks for saved tensors see it
+        ctx.consumed, ctx.hidden_dtype = False, hidden.dtype
         ctx.mark_non_differentiable(*(x for x in (out.entropy, out.lse) if x is not None))
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, *_: Any) -> Any:
-        u, ctx.u = ctx.u, None
-        if u is None:
+        if ctx.consumed:
             raise RuntimeError("token_logprobs: second backward; with a frozen head the first one consumed its state")
+        (u,) = ctx.saved_tensors
+        ctx.consumed = True
         return u.mul_(grad_logprobs[:, None]).to(ctx.hidden_dtype), None, None, None
 
 
