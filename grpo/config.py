@@ -45,6 +45,10 @@ class ModelConfig(Section):
     name_or_path: str = Field("", description="folder or hub id of a Hugging Face causal LM")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the base weights; 2 or 4 B each")
     load_in_4bit: bool = Field(False, description="NF4 base weights through bitsandbytes; 0.52 B each")
+    allow_4bit_moe: bool = Field(
+        False,
+        description="permit load_in_4bit on a mixture of experts: its fused experts stay unquantised and its routing suffers",
+    )
     trust_remote_code: bool = Field(False, description="run code that ships with the model; needs revision")
     revision: str | None = Field(None, description="commit or tag on the hub")
     attn_implementation: str = Field("sdpa", description="attention of transformers (sdpa, eager, …)")
@@ -56,8 +60,15 @@ class AdapterConfig(Section):
 
     r: Int = Field(16, ge=1, description="rank; memory grows in proportion")
     alpha: Float = Field(32, gt=0, description="scale is alpha / r")
-    dropout: Float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    dropout: Float = Field(
+        0.0, ge=0, lt=1, description="on the adapter's input; above 0 these projections keep their unfused path"
+    )
     target_modules: str | list[str] = Field("all-linear", description="names, a regex, or all-linear")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the adapter's weights, gradients and optimizer state; bfloat16 halves the weights and "
+        "gradients; products are computed in model.dtype",
+    )
 
 
 class DataConfig(Section):
@@ -154,7 +165,11 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
-    name: Literal["adamw"] = Field("adamw", description="torch AdamW; 8 B of state per fp32 weight")
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="adamw: torch, state in the weights' dtype, 8 B per fp32 weight; adamw_8bit: 2.03 B (tensors under "
+        "4,096 elements 8 B); paged_…: bitsandbytes, large states may move to host memory, needs CUDA",
+    )
     learning_rate: Float = Field(1e-5, gt=0)
     weight_decay: Float = Field(0.0, ge=0)
     adam_beta1: Float = Field(0.9, ge=0, lt=1)
@@ -170,10 +185,22 @@ class UpdateConfig(Section):
     """How the policy update fits into memory. No knob here changes the gradient."""
 
     max_tokens_per_batch: Int = Field(16384, ge=1, description="tokens in one packed bin; sets the update's peak")
-    activation_checkpointing: Literal["none", "recompute"] = Field(
-        "recompute", description="recompute: keep only layer inputs"
+    activation_checkpointing: Literal["none", "recompute", "offload"] = Field(
+        "recompute",
+        description="recompute: keep only layer inputs; offload: keep them in pinned host memory "
+        "((layers − 1) × tokens × hidden_size elements), one layer's working set on the GPU",
     )
-    share_prompts: Literal[False] = Field(False, description="reserved")
+    share_prompts: bool = Field(
+        False, description="run a group's prompt once for all its completions in a bin; fewer tokens, less memory"
+    )
+    fused_kernels: bool = Field(
+        True,
+        description="swap norms, RoPE, MLP and projections of known families for fused kernels on this model instance; "
+        "less memory per layer; false = leave the model as it is",
+    )
+    tiled_mlp: bool = Field(
+        False, description="MLP in slices of about hidden_size tokens: less memory, about 1.3 × time in the MLP"
+    )
     logprob_chunk_mb: Int = Field(512, ge=1, description="MiB of the logit tile in the LM head")
 
 
@@ -248,6 +275,24 @@ class RunConfig(Section):
             problems.append("model.trust_remote_code is true (want model.revision pinned beside it)")
         if self.model.load_in_4bit and self.adapter is None:
             problems.append("model.load_in_4bit is true (want an adapter section: 4-bit weights are not trained)")
+        return problems + self._memory_contradictions()
+
+    def _memory_contradictions(self) -> list[str]:
+        problems = []
+        if self.update.tiled_mlp and not self.update.fused_kernels:
+            problems.append("update.tiled_mlp is true (want update.fused_kernels: true, of which it is a part)")
+        if self.update.tiled_mlp and self.adapter is None:
+            problems.append("update.tiled_mlp is true (want an adapter section: full fine-tuning keeps stock MLPs)")
+        if self.update.tiled_mlp and self.adapter is not None and self.adapter.dropout > 0:
+            problems.append(
+                f"update.tiled_mlp is true beside adapter.dropout = {self.adapter.dropout} (want dropout 0: a slice's "
+                "recomputation would draw another mask)"
+            )
+        if self.optimizer.name.startswith("paged_") and self.model.device.startswith("cpu"):
+            problems.append(
+                f"optimizer.name is {self.optimizer.name!r} with model.device {self.model.device!r} "
+                f"(want {self.optimizer.name.removeprefix('paged_')}: paged state needs CUDA)"
+            )
         return problems
 
     def to_yaml(self) -> str:

@@ -12,6 +12,7 @@ FLAT_ALIASES = {
     "lora_r": "adapter.r",
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
+    "lora_dtype": "adapter.dtype",
     "lora_target_modules": "adapter.target_modules",
     "train_data": "data.train",
     "eval_data": "data.eval",
@@ -40,6 +41,13 @@ _REREAD = {  # the same name, another kind of value
     "scale_rewards": lambda value: {True: "group", False: "none"}[value] if isinstance(value, bool) else value,
     "log_completions": lambda value: (3 if value else 0) if isinstance(value, bool) else value,
     "report_to": lambda value: [] if value in (None, "none") else [value] if isinstance(value, str) else value,
+}
+
+_OPTIMIZERS = {  # values of optim: theirs → ours
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw",
 }
 
 _REFUSED = {
@@ -77,6 +85,10 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
             rename(old, new, read(values.pop(old)))
     for name in _REREAD.keys() & values.keys():
         values[name] = _REREAD[name](values[name])
+    optimizer = str(values.get("optim"))
+    if optimizer in _OPTIMIZERS:
+        values["optim"] = _OPTIMIZERS[optimizer]
+        notes.append(f"optim {optimizer} is understood as {values['optim']}")
     if values.get("recipe") == "vespo":
         problems.append("loss_type is 'vespo' (want one of the recipes; gspo or cispo come nearest)")
         values.pop("recipe")

@@ -130,6 +130,11 @@ REFUSED = {
     "model: seven": "config.yaml: model is 'seven' (want a section with keys)",
     "model.trust_remote_code: true": "config.yaml: model.trust_remote_code is true (want model.revision pinned beside it)",
     "model.load_in_4bit: true": "config.yaml: model.load_in_4bit is true (want an adapter section: 4-bit weights are not trained)",
+    "optimizer.name: adafactor": "config.yaml: optimizer.name is 'adafactor' (want one of 'adamw', 'adamw_8bit', ",
+    "adapter.dtype: float16": "config.yaml: adapter.dtype is 'float16' (want one of 'float32' or 'bfloat16')",
+    "update.activation_checkpointing: cpu": "config.yaml: update.activation_checkpointing is 'cpu' (want one of 'none', ",
+    "update.share_prompts: 3": "config.yaml: update.share_prompts is 3 (want ",
+    "update.tiled_mlp: true": "config.yaml: update.tiled_mlp is true (want an adapter section: full fine-tuning keeps",
     "rollout.top_p: 0.9": "config.yaml: rollout.top_p is 0.9 (the sampler then differs from the policy; want "
     "rollout.allow_truncated_sampling: true, or the knob off)",
 }
@@ -198,6 +203,51 @@ def test_names_of_trl():
     assert (config.objective.scale_rewards, config.objective.kl) == ("group", "k3")
     assert config.logging.trackers == []
     assert any(line == "loss_type is understood as recipe: dr_grpo" for line in config.translations)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("adamw_torch", "adamw"),
+        ("adamw_torch_fused", "adamw"),
+        ("adamw_8bit", "adamw_8bit"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("paged_adamw_32bit", "paged_adamw"),
+        ("paged_adamw_8bit", "paged_adamw_8bit"),
+    ],
+)
+def test_optimizers_of_trl(theirs, ours):
+    config = GRPOConfig(optim=theirs)
+    assert config.optimizer.name == ours
+    assert config.translations == (() if theirs == ours else (f"optim {theirs} is understood as {ours}",))
+
+
+LORA = {"r": 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"adapter": LORA, "tiled_mlp": True, "fused_kernels": False}, "update.tiled_mlp is true (want update.fused_"),
+        ({"tiled_mlp": True}, "update.tiled_mlp is true (want an adapter section"),
+        ({"adapter": LORA, "lora_dropout": 0.1, "tiled_mlp": True}, "beside adapter.dropout = 0.1 (want dropout 0"),
+        ({"optim": "paged_adamw", "device": "cpu"}, "optimizer.name is 'paged_adamw' with model.device 'cpu' (want adamw:"),
+        ({"optim": "paged_adamw_8bit", "device": "cpu"}, "'paged_adamw_8bit' with model.device 'cpu' (want adamw_8bit:"),
+    ],
+)  # fmt: skip
+def test_memory_knobs_that_contradict(values, line):
+    with pytest.raises(InputError) as error:
+        GRPOConfig(**values)
+    assert len(error.value.lines) == 1
+    assert line in error.value.lines[0]
+
+
+def test_memory_knobs_that_go_together():
+    config = GRPOConfig(adapter={"r": 4, "dropout": 0.1}, lora_dtype="bfloat16", optim="paged_adamw_8bit")
+    assert (config.adapter.dtype, config.model.allow_4bit_moe) == ("bfloat16", False)
+    assert GRPOConfig(adapter=LORA, tiled_mlp=True, activation_checkpointing="offload").update.tiled_mlp
+    assert GRPOConfig(share_prompts=True, fused_kernels=False).update.share_prompts
+    assert GRPOConfig(optim="adamw_8bit", device="cpu").optimizer.name == "adamw_8bit"
 
 
 @pytest.mark.parametrize(
