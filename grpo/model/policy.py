@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from grpo.batch import TokenBatch
+from grpo.batch import Segments, TokenBatch
 from grpo.errors import InputError
 from grpo.kernels import TokenLogprobs, resolve_backend, token_logprobs
 from grpo.model.adapter import adapter_off, base_of, is_adapted
+from grpo.model.attention import PackedAttention
+from grpo.model.offload import Checkpointer
+from grpo.packing import segments
 
 # Relative error of hidden states or logits that rounding alone can cause between two orders of the same sums.
 _PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -65,7 +67,7 @@ class Policy:
     Args:
         module: the model, possibly wrapped by peft.
         keep_reference: full fine-tuning with beta > 0: keep a frozen copy of the weights as they are now.
-        activation_checkpointing: "none" or "recompute" (transformers' own, non-reentrant).
+        activation_checkpointing: "none", "recompute" (a layer keeps its input) or "offload" (in pinned host memory).
         chunk_mb: size of the logit tile of the head, MiB.
 
     Raises:
@@ -77,7 +79,7 @@ class Policy:
         module: nn.Module,
         *,
         keep_reference: bool = False,
-        activation_checkpointing: str = "none",
+        activation_checkpointing: Literal["none", "recompute", "offload"] = "none",
         chunk_mb: int = 512,
     ) -> None:
         self.module = module
@@ -85,16 +87,16 @@ class Policy:
         self.backbone: Any = self.causal_lm.base_model
         self.chunk_mb = chunk_mb
         self._accepts: set[str] = set(inspect.signature(self.backbone.forward).parameters)
+        self.attention = PackedAttention(self.backbone)
         self.head = self._probe_head()
         self.packs = self._probe_packing()
         self._reference: Any = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
-        self.lacks_checkpointing = (
-            activation_checkpointing == "recompute" and not self.causal_lm.supports_gradient_checkpointing
-        )
-        if activation_checkpointing == "recompute" and not self.lacks_checkpointing:
-            # transformers renamed it within 5.x
-            new = getattr(self.causal_lm, "activation_checkpointing_enable", None)
-            (new or self.causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.checkpointer: Checkpointer | None = None
+        layers = checkpointable_layers(self.backbone) if self.causal_lm.supports_gradient_checkpointing else []
+        self.lacks_checkpointing = activation_checkpointing != "none" and not layers
+        if activation_checkpointing != "none" and layers:
+            self.checkpointer = Checkpointer(activation_checkpointing, context=self._switched)
+            self.checkpointer.install(layers)
 
     @property
     def device(self) -> torch.device:
@@ -142,30 +144,29 @@ class Policy:
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """[T, H] hidden states of one bin, before the LM head."""
-        if self.packs or batch.cu_seqlens.numel() == 2:
-            return self._backbone(batch.input_ids, batch.positions)
-        bounds = batch.cu_seqlens.tolist()
-        return torch.cat(
-            [
-                self._backbone(batch.input_ids[start:end], batch.positions[start:end])
-                for start, end in itertools.pairwise(bounds)
-            ]
-        )
+        layout = batch.segments
+        if self.packs:
+            return self._backbone(batch.input_ids, batch.positions, layout)
+        if any(count for _, count in layout.prefixes):
+            raise InputError("update.share_prompts is true (want false: this architecture cannot share prompts)")
+        documents = zip(batch.input_ids.split(layout.lengths), batch.positions.split(layout.lengths), strict=True)
+        return torch.cat([self._backbone(ids, positions) for ids, positions in documents])
 
     def logprobs(self, batch: TokenBatch, temperature: float, return_entropy: Any = False) -> TokenLogprobs:
         """Log-probs [N] (float32) of the scored tokens of a bin; differentiable outside `torch.no_grad()`."""
-        hidden = self.hidden_states(batch).index_select(0, batch.scored_index)
-        return token_logprobs(
-            hidden,
-            self.head.weight,
-            batch.targets.index_select(0, batch.scored_index),
-            bias=self.head.bias,
-            temperature=temperature,
-            softcap=self.head.softcap,
-            logit_scale=self.head.scale,
-            return_entropy=return_entropy,
-            chunk_mb=self.chunk_mb,
-        )
+        with self.checkpointer.tail() if self.checkpointer else nullcontext():
+            hidden = self.hidden_states(batch).index_select(0, batch.scored_index)
+            return token_logprobs(
+                hidden,
+                self.head.weight,
+                batch.targets.index_select(0, batch.scored_index),
+                bias=self.head.bias,
+                temperature=temperature,
+                softcap=self.head.softcap,
+                logit_scale=self.head.scale,
+                return_entropy=return_entropy,
+                chunk_mb=self.chunk_mb,
+            )
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:
@@ -184,6 +185,7 @@ class Policy:
                 frozen = copy.copy(self)
                 frozen.module = frozen.causal_lm = self._reference.eval()
                 frozen.backbone = self._reference.base_model
+                frozen.attention = PackedAttention(frozen.backbone)
                 frozen.head = Head(self._reference.get_output_embeddings(), self.head.softcap, self.head.scale)
                 yield frozen
 
@@ -199,12 +201,18 @@ class Policy:
 
     # --- probes ----------------------------------------------------------------------------------------------
 
-    def _backbone(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        # No attention mask and no cache: only then does transformers build the block-diagonal mask of packed documents.
+    def _switched(self) -> AbstractContextManager[None]:
+        return self.attention.on() if self.packs else nullcontext()
+
+    def _backbone(self, input_ids: Tensor, positions: Tensor, segments: Segments | None = None) -> Tensor:
+        # One document alone needs no mask, and neither mask nor cache is given: transformers then builds none.
         arguments: dict[str, Any] = {"input_ids": input_ids[None], "use_cache": False}
         if self.takes_positions:
             arguments["position_ids"] = positions[None]
-        return self.backbone(**arguments).last_hidden_state[0]
+        if segments is None:
+            return self.backbone(**arguments).last_hidden_state[0]
+        with self.attention.on():
+            return self.backbone(**arguments, segments=segments).last_hidden_state[0]
 
     def _probe_head(self) -> Head:
         module = self.causal_lm.get_output_embeddings()
@@ -229,14 +237,28 @@ class Policy:
         return heads[best]
 
     def _probe_packing(self) -> bool:
+        """Whether two documents and a shared prefix in one bin give what each document gives alone."""
         if not self.takes_positions:
             return False
         ids = _probe_ids(self.causal_lm, 12)
-        positions = torch.cat([torch.arange(7), torch.arange(5)]).to(ids.device)
+        positions = torch.cat([torch.arange(7), torch.arange(5), torch.arange(7, 9)]).to(ids.device)
         with self.evaluating(), torch.no_grad():
-            packed = self._backbone(ids, positions)
-            single = torch.cat([self._backbone(ids[:7], positions[:7]), self._backbone(ids[7:], positions[7:])])
-        return _relative_error(packed, single) <= _PROBE_TOLERANCE[packed.dtype]
+            first, second = self._backbone(ids[:7], positions[:7]), self._backbone(ids[7:], positions[7:12])
+            longer = self._backbone(torch.cat([ids[:7], ids[:2]]), torch.arange(9, device=ids.device))
+            try:
+                layout = segments([7, 5, 2], [(0, 0), (0, 0), (0, 7)]).to(ids.device)
+                packed = self._backbone(torch.cat([ids, ids[:2]]), positions, layout)
+            except (TypeError, ValueError):  # it does not pass the segments on, or asks for what they cannot say
+                return False
+        wanted = torch.cat([first, second, longer[7:]])
+        return _relative_error(packed, wanted) <= _PROBE_TOLERANCE[packed.dtype]
+
+
+def checkpointable_layers(backbone: nn.Module) -> list[nn.Module]:
+    """Decoder layers in the order in which they run."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _probe_ids(model: Any, count: int) -> Tensor:
