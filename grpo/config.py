@@ -47,7 +47,7 @@ class ModelConfig(Section):
     load_in_4bit: bool = Field(False, description="NF4 base weights through bitsandbytes; 0.52 B each")
     allow_4bit_moe: bool = Field(
         False,
-        description="permit load_in_4bit on a mixture of experts: its fused experts stay unquantised and its routing suffers",
+        description="permit load_in_4bit on a mixture of experts: fused experts stay unquantised, routing suffers",
     )
     trust_remote_code: bool = Field(False, description="run code that ships with the model; needs revision")
     revision: str | None = Field(None, description="commit or tag on the hub")
@@ -67,7 +67,7 @@ class AdapterConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="of the adapter's weights, gradients and optimizer state; bfloat16 halves the weights and "
-        "gradients; products are computed in model.dtype",
+        "gradients; fused kernels compute in model.dtype, the unfused path in this one",
     )
 
 
