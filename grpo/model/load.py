@@ -6,6 +6,7 @@ Left out: architecture-specific code. A causal LM is what `AutoModelForCausalLM`
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import nn
 from grpo.config import ModelConfig
 from grpo.errors import InputError, clip
 from grpo.model.adapter import merged_adapter
+
+_NF4_BLOCK = 64  # weights that share a scale
 
 
 def resolve_device(name: str) -> torch.device:
@@ -82,13 +85,19 @@ def load_model(config: ModelConfig) -> nn.Module:
     A folder that holds only an adapter gives its base model with that adapter merged in, so that what was warmed up
     is the reference of what follows.
 
+    In 4 bit the linear layers of the blocks are quantised (Dettmers et al. 2023, QLoRA); embedding, head and norms keep
+    `config.dtype`.
+
     Raises:
-        InputError: missing folder, unknown hub id, or a folder without weights, naming `model.name_or_path`.
+        InputError: missing folder, unknown hub id, or a folder without weights, naming `model.name_or_path`;
+            `model.load_in_4bit` with a mixture of experts, with an adapter's folder or without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
     _check_source(config)
     device = resolve_device(config.device)
+    if config.load_in_4bit:
+        _check_4bit(config)
     arguments: dict[str, Any] = {
         **_where(config),
         "dtype": getattr(torch, config.dtype),
@@ -102,15 +111,53 @@ def load_model(config: ModelConfig) -> nn.Module:
     except (OSError, ValueError) as error:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
     if source != str(Path(config.name_or_path).expanduser()):
-        if config.load_in_4bit:
-            raise InputError(
-                "model.load_in_4bit is true (want a full model: an adapter is not merged into 4-bit weights)"
-            )
         model = merged_adapter(model, Path(config.name_or_path).expanduser())
     if config.load_in_4bit:
-        _keep_layout_on_cpu(model)
+        if device.type == "cpu":
+            _make_exact_on_cpu(model)
         return model
     return model.to(device)
+
+
+def num_experts(hf_config: Any) -> int:
+    """Experts a token is routed to or among, by the names families use in their configuration; 0 for a dense model."""
+    text_config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    values = list(_leaves(text_config.to_dict()))
+    counts = [count for name, count in values if name.endswith("experts") and "shared" not in name]
+    if not counts:  # num_experts_per_tok alone; beside a count of 0 or 1 it is only a default
+        counts = [count for name, count in values if "experts_per_tok" in name]
+    most = max(counts, default=0)
+    return most if most > 1 else 0
+
+
+def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Whole numbers of a nested configuration with their names; a list (one number a layer) counts by its largest."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if type(number) is int:
+                yield name, number
+
+
+def _check_4bit(config: ModelConfig) -> None:
+    """Everything that can be known before the weights are read."""
+    if _base_source(config) != str(Path(config.name_or_path).expanduser()):
+        raise InputError("model.load_in_4bit is true (want a full model: an adapter is not merged into 4-bit weights)")
+    experts = num_experts(load_model_config(config))
+    if experts and not config.allow_4bit_moe:
+        raise InputError(
+            f"model.load_in_4bit is true on a mixture of {experts} experts, whose routing suffers from 4-bit weights "
+            "(want bf16 LoRA: load_in_4bit false and dtype bfloat16; or model.allow_4bit_moe: true)"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"model.load_in_4bit is true but bitsandbytes cannot be imported: {clip(error, 200)} (want it installed, "
+            "or load_in_4bit false)"
+        ) from error
 
 
 def _nf4(config: ModelConfig) -> Any:
@@ -124,13 +171,20 @@ def _nf4(config: ModelConfig) -> Any:
     )
 
 
-def _keep_layout_on_cpu(model: nn.Module) -> None:
-    # On CPUs with AVX512-BF16 the first eval forward repacks the weight in place and the input gradient is lost.
+def _make_exact_on_cpu(model: nn.Module) -> None:
+    """Keep bitsandbytes (0.50) from its two silent errors on a CPU; on a GPU it has neither."""
     from bitsandbytes.nn import Linear4bit
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        if module.in_features % _NF4_BLOCK:  # a block that spans two rows gets the wrong scale
+            raise InputError(
+                f"model.load_in_4bit is true on the CPU, where widths that are no multiple of {_NF4_BLOCK} are decoded "
+                f"wrongly ({name} has {module.in_features}; want load_in_4bit false, or a GPU)"
+            )
+        # With AVX512-BF16 the first eval forward repacks the weight in place and the input gradient is lost.
+        module.support_avx512bf16_for_cpu = False
 
 
 def context_length(hf_config: Any) -> int | None:
