@@ -19,7 +19,7 @@ from grpo.config import SFTConfig
 from grpo.data import PromptStream, check_column, encode_prompt, load_table, prompt_problem, with_system
 from grpo.errors import InputError
 from grpo.model.load import context_length, stop_token_ids
-from grpo.packing import Document, pack_documents
+from grpo.packing import Document, pack_documents, packing_metrics
 from grpo.seeds import seed_for
 from grpo.trainer.base import BaseTrainer, default_console
 from grpo.trainer.build import build_policy, tokenizer_for, with_names
@@ -66,7 +66,7 @@ class SFTTrainer(BaseTrainer):
         tokens = sum(batch.input_ids.numel() for batch in batches)
         self.num_tokens += tokens
         faults = {f"{index}/input_ids": batch.input_ids for index, batch in enumerate(batches)}
-        return {**self._count(result, faults), "step_tokens": float(tokens)}
+        return {**self._count(result, faults), **packing_metrics(batches), "step_tokens": float(tokens)}
 
     def _evaluation(self) -> dict[str, float]:
         if not self.eval_examples:

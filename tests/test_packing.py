@@ -130,9 +130,11 @@ def test_balanced_bins_are_no_more_and_no_larger_than_best_fit():
 def test_balance_by_hand():
     assert loads(best_fit([4, 3, 3, 1], 10), [4, 3, 3, 1]) == [10, 1]
     assert sorted(loads(balanced_bins([4, 3, 3, 1], 10), [4, 3, 3, 1])) == [5, 6]  # the best there is
-    # longest first would put 3+3+2 beside 2+2 … = 7 | 5; halving finds 6 | 6
+    # halving finds 6 | 6 where longest first gives 7 | 5, and longest first 12 | 12 where halving stays at 13 | 11
     assert loads(balanced_bins([3, 3, 2, 2, 2], 8), [3, 3, 2, 2, 2]) == [6, 6]
-    # a bin of a too long item takes nothing else and does not loosen the limit of the others
+    assert loads(balanced_bins([6, 5, 4, 4, 3, 2], 13), [6, 5, 4, 4, 3, 2]) == [12, 12]
+    # an item that is too long stands alone and does not loosen the limit of the others
+    assert loads(balanced_bins([30, 4, 3, 3, 1], 10), [30, 4, 3, 3, 1]) in ([30, 5, 6], [30, 6, 5])
     assert sorted(loads(balanced_bins([30, 6, 5, 5, 4], 10), [30, 6, 5, 5, 4])) == [10, 10, 30]
     assert balanced_bins([], 10) == []
 

@@ -20,7 +20,7 @@ from grpo.config import GRPOConfig, objective_knobs
 from grpo.data import encode_prompt, prompt_problem, prompt_text, with_system
 from grpo.errors import InputError, RunError
 from grpo.evaluate import evaluate_rollouts
-from grpo.packing import pack
+from grpo.packing import pack, packing_metrics
 from grpo.rollout.engine import RolloutEngine, Sampling
 from grpo.scoring import FaultBudget, merge_scored, score, select_groups
 from grpo.seeds import seed_for
@@ -123,7 +123,11 @@ class GRPOTrainer(BaseTrainer):
         with self.phase("pack"):
             advantages = self._advantages(scored, k1)
             batches, totals = pack(
-                scored, advantages, config.update.max_tokens_per_batch, skip_zero_advantage=self._skips_zero_advantage
+                scored,
+                advantages,
+                config.update.max_tokens_per_batch,
+                skip_zero_advantage=self._skips_zero_advantage,
+                share_prompts=config.update.share_prompts,
             )
             if k1 is not None and is_token_wise(config.objective.recipe):
                 batches = with_token_returns(batches, scored, k1, config)
@@ -134,7 +138,7 @@ class GRPOTrainer(BaseTrainer):
                 batches = add_reference_logprobs(self.policy, batches, config.rollout.temperature)
         if self._rollouts_are_due():
             self.folder.write_rollouts(self.step + 1, scored, advantages)
-        return RolloutBuffer(batches, totals, self._rollout_metrics(sampled))
+        return RolloutBuffer(batches, totals, {**self._rollout_metrics(sampled), **packing_metrics(batches)})
 
     def _sample_and_score(self, prompts: list[Prompt]) -> ScoredRollouts:
         with self.phase("rollout"), self.engine.awake():
