@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 import yaml
 
 from grpo.cli import main
@@ -187,6 +188,12 @@ BAD = {
     "reward not callable": (["rewards=[rewards_of_mine.py:not_a_function]"], 'rewards[0] "rewards_of_mine.py:not_a_function"'),
     "reward needs a column that is not there": (["rewards=[rewards_of_mine.py:needs]"], 'rewards[0] "rewards_of_mine.py:needs"'),
     "adapter matches nothing": (["adapter.target_modules=[nothing]"], "adapter.target_modules"),
+    "4-bit weights without an adapter": (["model.load_in_4bit=true"], "config.yaml: model.load_in_4bit is true (want an adapter section"),
+    "4-bit weights that a CPU decodes wrongly": (["model.load_in_4bit=true", "adapter.r=4"], "model.load_in_4bit is true on the CPU, where widths"),
+    "paged optimizer on a CPU": (["optimizer.name=paged_adamw"], "config.yaml: optimizer.name is 'paged_adamw' with model.device 'cpu' (want adamw: paged"),
+    "tiled MLP without an adapter": (["update.tiled_mlp=true"], "config.yaml: update.tiled_mlp is true (want an adapter section"),
+    "tiled MLP unfused": (["update.tiled_mlp=true", "update.fused_kernels=false", "adapter.r=4"], "config.yaml: update.tiled_mlp is true (want update.fused_kernels: true"),
+    "tiled MLP with dropout": (["update.tiled_mlp=true", "adapter.dropout=0.1"], "config.yaml: update.tiled_mlp is true beside adapter.dropout = 0.1"),
     "no such device": (["model.device=quantum"], "model.device is 'quantum'"),
 }  # fmt: skip
 
@@ -198,6 +205,26 @@ def test_bad_input_is_one_line_and_exit_code_2(home, case, capsys):
     assert code == 2
     assert err.splitlines()[0].startswith(wanted), err
     assert "Traceback" not in err + out
+    assert not (home / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to page from")
+def test_a_paged_optimizer_without_a_gpu_is_refused(home, capsys):
+    code, out, err = run("train", "config.yaml", "optimizer.name=paged_adamw_8bit", "model.device=auto", capsys=capsys)
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err + out
+    assert err.startswith("optimizer.name is 'paged_adamw_8bit' (want adamw_8bit: paged state needs CUDA")
+    assert not (home / "run").exists()
+
+
+def test_a_mixture_of_experts_in_4bit_is_refused_before_its_weights(home, capsys):
+    text = tokenizer()
+    text.save_pretrained("mixture")
+    transformers.MixtralConfig(vocab_size=len(text), num_local_experts=4).save_pretrained("mixture")  # and no weights
+    code, out, err = run(
+        "train", "config.yaml", "model.name_or_path=mixture", "model.load_in_4bit=true", "adapter.r=4", capsys=capsys
+    )
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err + out
+    assert err.startswith("model.load_in_4bit is true on a mixture of 4 experts") and "want bf16 LoRA" in err
     assert not (home / "run").exists()
 
 
