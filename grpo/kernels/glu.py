@@ -2,8 +2,9 @@
 
     silu       act = e·σ, σ = sigmoid(e)                                   act′ = σ·(1 + e·(1 − σ))
     gelu       act = e·Φ, Φ = ½(1 + erf(e/√2))                             act′ = Φ + e·exp(−e²/2)/√(2π)
-    gelu_tanh  act = ½e(1 + t), t = tanh(c(e + a·e³)), c = √(2/π), a = 0.044715
-               act′ = ½(1 + t) + ½e(1 − t²)·c(1 + 3a·e²)
+    gelu_tanh  act = ½e(1 + t), t = tanh(u), u = c(e + a·e³)               act′ = ½(1 + t) + ½e(1 − t²)·c(1 + 3a·e²)
+               c = √(2/π), a = 0.044715; as s = sigmoid(2u) = ½(1 + t), which keeps its digits where t nears −1:
+               act = e·s                                                   act′ = s + e·s(1 − s)·2c(1 + 3a·e²)
     dg = dh·act(e)        de = dh·g·act′(e)
 
 Sources: SwiGLU and GeGLU, Shazeer 2020, arXiv:2002.05202; GELU and its tanh form, Hendrycks & Gimpel 2016,
@@ -23,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from grpo.kernels.backend import Backend
 from grpo.kernels.rows import twin_name, wide
@@ -87,7 +89,8 @@ def glu_forward(
 def glu_backward_(dh: Tensor, e: Tensor, g: Tensor, activation: Activation, *, backend: Backend = "auto") -> None:
     """In place on three buffers of one shape: dh ← h = act(e)·g, g ← dg = dh·act(e), e ← de = dh·g·act′(e).
 
-    The caller owns all three: nobody else may read them afterwards, and a second backward pass is his to refuse.
+    The caller owns all three and nobody else may read them afterwards. Their versions go up, so that autograd raises
+    where it had saved one of them.
 
     Raises:
         ValueError: as `glu`; or a buffer whose rows are not one stride apart.
@@ -96,6 +99,7 @@ def glu_backward_(dh: Tensor, e: Tensor, g: Tensor, activation: Activation, *, b
     if e.numel():
         dh, e, g = dh.detach(), e.detach(), g.detach()
         _twin(backend, e).backward(dh, e, g, activation, GluOutputs(dh, g, e))
+        increment_version((dh, e, g))  # so that autograd refuses to use them as what it saved
 
 
 class _Glu(torch.autograd.Function):
@@ -117,10 +121,13 @@ class _Glu(torch.autograd.Function):
 
 
 def _forward(e: Tensor, g: Tensor, activation: Activation, out: Tensor | None, twin: GluTwin) -> Tensor:
+    given = out
     if out is None:
         out = torch.empty_like(e, memory_format=torch.contiguous_format)
     if e.numel():
         twin.forward(e, g, activation, out)
+    if given is not None:
+        increment_version(given)
     return out
 
 
@@ -145,8 +152,8 @@ def _act_and_slope(e: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
         phi = torch.special.ndtr(e)
         return e * phi, phi + e * torch.exp(-0.5 * e * e) / math.sqrt(2 * math.pi)
     c, a = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(c * (e + a * e**3))
-    return 0.5 * e * (1 + t), 0.5 * (1 + t) + 0.5 * e * (1 - t * t) * c * (1 + 3 * a * e * e)
+    s = torch.sigmoid(2 * c * (e + a * e**3))
+    return e * s, s + e * s * (1 - s) * 2 * c * (1 + 3 * a * e * e)
 
 
 _TORCH = GluTwin(_torch_forward, _torch_backward)

@@ -2,7 +2,7 @@
 
 Contiguous tensors are one flat run of elements; else a program takes a piece of one row.
 
-Left out: libdevice (the interpreter lacks it); erf is Triton's own operation, tanh that of helpers_triton.
+Left out: libdevice, which the interpreter lacks; erf is an operation of Triton's own.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo.kernels.glu import Activation, GluOutputs
-from grpo.kernels.helpers_triton import tanh
-from grpo.kernels.rows import LONG_FROM, as_rows, device_of, is_long, view_rows
+from grpo.kernels.rows import are_long, as_rows, device_of, needs_long, view_rows
 
 BLOCK = 1024  # one 16-byte access a thread and tensor for 16-bit elements
 NUM_WARPS = 4
@@ -30,10 +29,10 @@ def _act_and_slope(e, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
         act = e * phi
         slope = phi + e * tl.exp(-0.5 * e * e) * 0.3989422804014327
     else:
-        t = tanh(0.7978845608028654 * (e + 0.044715 * e * e * e))
-        half = 0.5 * (1 + t)
-        act = e * half
-        slope = half + 0.5 * e * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * e * e)
+        square = e * e
+        s = tl.sigmoid(2 * 0.7978845608028654 * e * (1 + 0.044715 * square))
+        act = e * s
+        slope = s + act * (1 - s) * (2 * 0.7978845608028654) * (1 + 3 * 0.044715 * square)
     return act, slope
 
 
@@ -91,11 +90,11 @@ def forward(e: Tensor, g: Tensor, activation: Activation, out: Tensor) -> None:
     flat = e.is_contiguous() and g.is_contiguous() and out.is_contiguous()
     if flat:
         columns, programs, strides = _flat(e)
-        long = columns >= LONG_FROM
+        long = needs_long(columns)
     else:
         e, g, out = as_rows(e), as_rows(g), view_rows(out, "out")
         columns, programs, strides = _in_rows(e, g, out)
-        long = is_long(e, g, out)
+        long = are_long(e, g, out)
     with device_of(e):
         _forward_kernel[(programs,)](
             e, g, out, columns, *strides[:3], activation, flat, long, BLOCK, num_warps=NUM_WARPS
@@ -111,12 +110,12 @@ def backward(dh: Tensor, e: Tensor, g: Tensor, activation: Activation, out: GluO
     flat = all(x.is_contiguous() for x in (dh, e, g, h, dg, de))
     if flat:
         columns, programs, strides = _flat(e)
-        long = columns >= LONG_FROM
+        long = needs_long(columns)
     else:
         h, dg, de = view_rows(h, "dh"), view_rows(dg, "g"), view_rows(de, "e")
         dh, e, g = as_rows(dh), as_rows(e), as_rows(g)
         columns, programs, strides = _in_rows(dh, e, g, h, dg, de)
-        long = is_long(dh, e, g, h, dg, de)
+        long = are_long(dh, e, g, h, dg, de)
     with device_of(e):
         _backward_kernel[(programs,)](
             dh, e, g, h, dg, de, columns, *strides, activation, with_h, flat, long, BLOCK, num_warps=NUM_WARPS

@@ -38,16 +38,22 @@ def view_rows(tensor: Tensor, name: str) -> Tensor:
     """The same for a tensor that will be written: never a copy.
 
     Raises:
-        ValueError: its strides allow no such view.
+        ValueError: its strides allow no such view, or rows share memory.
     """
     rows = as_rows(tensor)
-    if rows.data_ptr() != tensor.data_ptr():
-        raise ValueError(f"{name}: strides {tensor.stride()} (want contiguous rows one stride apart)")
+    height, width = rows.shape
+    if rows.data_ptr() != tensor.data_ptr() or (height > 1 and rows.stride(0) < width):
+        raise ValueError(f"{name}: strides {tensor.stride()} (want contiguous rows, one stride apart, none shared)")
     return rows
 
 
-def is_long(*rows: Tensor) -> bool:
-    """Whether an offset in one of these [R, H] could need 64 bits."""
+def needs_long(extent: int) -> bool:
+    """Whether offsets below this many elements need 64 bits: a compile-time constant of the kernels."""
+    return extent >= LONG_FROM
+
+
+def are_long(*rows: Tensor) -> bool:
+    """The same of any of these [R, H]."""
     return any(x.shape[0] * x.stride(0) + x.shape[1] >= LONG_FROM for x in rows)
 
 
