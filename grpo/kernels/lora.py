@@ -146,20 +146,20 @@ def low_products(x: Tensor, linears: Sequence[LoRALinear]) -> list[Tensor]:
 
 def project(x: Tensor, linear: LoRALinear, low: Tensor, backend: Backend, out: Tensor | None = None) -> Tensor:
     """y [T, out] from x and low = x·Aᵀ, written into `out` if given."""
+    if linear.b is None and out is None:
+        return F.linear(x, dense(linear.weight, backend), linear.bias)
     y = x.new_empty(x.shape[0], linear.weight.shape[0]) if out is None else out
-    if linear.b is not None:  # first the r-wide part: it is written, not added, and W's GEMM adds onto it
-        b = linear.b.to(x.dtype)
-        if linear.bias is None:
-            y.addmm_(low, b.t(), beta=0, alpha=linear.scale)
-        else:
-            torch.addmm(linear.bias, low, b.t(), alpha=linear.scale, out=y)
-        return y.addmm_(x, dense(linear.weight, backend).t())
-    weight = dense(linear.weight, backend)
-    if out is None:
-        return F.linear(x, weight, linear.bias)
-    if linear.bias is None:
-        return torch.mm(x, weight.t(), out=y)
-    return torch.addmm(linear.bias, x, weight.t(), out=y)
+    if linear.b is None:
+        return _write(y, linear.bias, x, dense(linear.weight, backend), 1.0)
+    _write(y, linear.bias, low, linear.b.to(x.dtype), linear.scale)  # not added: W's GEMM reads it in its epilogue
+    return y.addmm_(x, dense(linear.weight, backend).t())
+
+
+def _write(y: Tensor, bias: Tensor | None, x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """y ← bias + scale·x·Wᵀ, whatever y held."""
+    if bias is None:
+        return y.addmm_(x, weight.t(), beta=0, alpha=scale)
+    return torch.addmm(bias, x, weight.t(), alpha=scale, out=y)
 
 
 def low_gradients(dys: Sequence[Tensor], linears: Sequence[LoRALinear]) -> Tensor:

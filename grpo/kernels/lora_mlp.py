@@ -15,7 +15,7 @@ Left out: what lora.py leaves out; experts; a norm between the MLP and the resid
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +92,16 @@ class _MLP:
     def linears(self) -> tuple[LoRALinear, ...]:
         return (*self.inputs, self.down)
 
+    def cast(self, dtype: torch.dtype) -> _MLP:
+        """The same with its adapters in `dtype`, so that tiles do not convert them one after another."""
+        gate, up, down = (
+            replace(linear, a=linear.a.to(dtype), b=linear.b.to(dtype))
+            if linear.a is not None and linear.b is not None
+            else linear
+            for linear in self.linears
+        )
+        return replace(self, inputs=(gate, up), down=down)
+
 
 class _Gated(NamedTuple):
     low: list[Tensor] | None  # x·Aᵀ of gate and up [T, r], if at hand
@@ -106,7 +116,9 @@ class _WholeMLP(torch.autograd.Function):
         ctx.save_for_backward(x, gated.e, gated.g, *tensors)
         ctx.mlp, ctx.consumed = mlp, False
         y = x.new_empty(x.shape[0], mlp.down.weight.shape[0])
-        return y if mlp.skip_output else _down(gated, mlp, y, None)
+        if not mlp.skip_output:
+            _down(gated, mlp, y, reuse=False)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -127,28 +139,28 @@ class _TiledMLP(torch.autograd.Function):
         ctx.mlp, ctx.consumed = mlp, False
         y = x.new_empty(x.shape[0], mlp.down.weight.shape[0])
         if not mlp.skip_output:
+            cast = mlp.cast(x.dtype)
             for rows in _tiles(x.shape[0], mlp.tiles):
-                gated = _gate(x[rows], mlp)
-                _down(gated, mlp, y[rows], gated.e)
+                _down(_gate(x[rows], cast), cast, y[rows], reuse=True)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _consume(ctx)
-        x, mlp = ctx.saved_tensors[0], ctx.mlp
+        x = ctx.saved_tensors[0]
         needs_x, _, *needs = ctx.needs_input_grad
         dx = x.new_empty(x.shape) if needs_x else None
         totals: list[Tensor | None] = [None] * len(needs)
         with torch.autocast(x.device.type, enabled=False):
-            dy = dy.contiguous()
-            for rows in _tiles(x.shape[0], mlp.tiles):
-                gated = _gate(x[rows], mlp)
-                found, v = _backward_rows(x[rows], gated, dy[rows], mlp, needs)
-                if dx is not None:
-                    input_gradient([gated.e, gated.g], mlp.inputs, v, mlp.backend, dx[rows])
+            dy, cast = dy.contiguous(), ctx.mlp.cast(x.dtype)
+            for rows in _tiles(x.shape[0], cast.tiles):
+                found = _backward_tile(x[rows], dy[rows], cast, needs, None if dx is None else dx[rows])
                 totals = [_sum(total, new) for total, new in zip(totals, found, strict=True)]
-        return dx, None, *_finished(mlp, totals)
+        return dx, None, *_finished(ctx.mlp, totals)
+
+
+# The tile's e and g live in these functions' frames alone, so that they are gone before the next tile's are made.
 
 
 def _gate(x: Tensor, mlp: _MLP) -> _Gated:
@@ -157,9 +169,18 @@ def _gate(x: Tensor, mlp: _MLP) -> _Gated:
     return _Gated(low, e, g)
 
 
-def _down(gated: _Gated, mlp: _MLP, y: Tensor, h: Tensor | None) -> Tensor:
-    h = glu_forward(gated.e, gated.g, mlp.activation, out=h, backend=mlp.backend)
-    return project(h, mlp.down, low_products(h, (mlp.down,))[0], mlp.backend, y)
+def _down(gated: _Gated, mlp: _MLP, y: Tensor, reuse: bool) -> None:
+    """Writes y; h goes into e's memory if that is free for `reuse`."""
+    h = glu_forward(gated.e, gated.g, mlp.activation, out=gated.e if reuse else None, backend=mlp.backend)
+    project(h, mlp.down, low_products(h, (mlp.down,))[0], mlp.backend, y)
+
+
+def _backward_tile(x: Tensor, dy: Tensor, mlp: _MLP, needs: Sequence[bool], dx: Tensor | None) -> list[Tensor | None]:
+    gated = _gate(x, mlp)
+    found, v = _backward_rows(x, gated, dy, mlp, needs)
+    if dx is not None:
+        input_gradient([gated.e, gated.g], mlp.inputs, v, mlp.backend, dx)
+    return found
 
 
 def _backward_rows(

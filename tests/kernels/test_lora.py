@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from grpo.kernels import lora_mlp as lora_mlp_module
 from grpo.kernels.lora import LoRALinear, lora_linear, lora_qkv
 from grpo.kernels.lora_mlp import lora_mlp
 from grpo.kernels.nf4 import SCRATCH, dequantize
@@ -415,6 +417,63 @@ def test_tiles_bound_the_width():
             lora_mlp(x, *mlp, "silu", tiles=tiles).sum().backward()
         rows[tiles] = max(shape[0] for shape in recorder.shapes if shape[1:] == (i,))
     assert rows == {1: 13, 2: 7, 5: 3}
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors [*, width] held at one time, the known ones aside."""
+
+    def __init__(self, width, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.width, self.alive, self.peak = width, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == self.width:
+            self.alive.append(weakref.ref(out))
+        kept = [tensor for tensor in (ref() for ref in self.alive) if tensor is not None]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+        self.peak = max(self.peak, sum(size for place, size in storages.items() if place not in self.known))
+        self.alive = [weakref.ref(tensor) for tensor in kept]
+        return out
+
+
+@pytest.mark.parametrize(("tiles", "rows"), [(1, 60), (2, 30), (4, 15), (7, 9)])
+def test_peak_of_e_g_and_h_is_that_of_one_tile(tiles, rows, monkeypatch):
+    """Forward e, g (h over e if free), backward e, g, dh. Without the elementwise step: its torch twin has temporaries."""
+    monkeypatch.setattr(lora_mlp_module, "glu_backward_", lambda *_, **__: None)
+    monkeypatch.setattr(
+        lora_mlp_module, "glu_forward", lambda e, g, a, out=None, backend=None: e.clone() if out is None else out
+    )
+    x, mlp = random(60, 5).requires_grad_(), mlp_of(5, 23, (0, 0, 0))
+    known = [linear.weight for linear in mlp]
+    with Live(23, known) as live:
+        lora_mlp(x, *mlp, "silu", tiles=tiles).sum().backward()
+    assert live.peak == 3 * rows * 23 * 8
+    with torch.no_grad(), Live(23, known) as live:
+        lora_mlp(x, *mlp, "silu", tiles=tiles)
+    assert live.peak == 2 * rows * 23 * 8
+
+
+@pytest.mark.parametrize("skip_output", [False, True])
+def test_no_uninitialised_memory_is_read(skip_output):
+    """Deterministic mode fills new memory with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        test_qkv(FLOAT64, FLOAT64, (4, 0, 2), True)
+        test_qkv(FLOAT32, FLOAT32, (4, 1, 2), False)
+        test_qkv(BFLOAT16, FLOAT32, (4, 1, 2), False)
+        for dtype, tiles in itertools.product((FLOAT64, FLOAT32, BFLOAT16), (1, 5)):
+            x = random(13, 6, dtype=dtype).requires_grad_()
+            function = ours_mlp(tiles=tiles, skip_output=skip_output)
+            compare(function, plain_mlp("silu"), x, mlp_of(dtype=dtype), values=not skip_output)
+            assert (
+                lora_mlp(x, *mlp_of(dtype=dtype), "silu", tiles=tiles, skip_output=skip_output).isnan().all()
+                == skip_output
+            )
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_no_gradient_of_a_weight_is_formed():
