@@ -15,6 +15,15 @@ FAMILIES = {
         "Gemma2",
         {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512, "final_logit_softcapping": 5.0},
     ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 512,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "granite": ("Granite", {"logits_scaling": 4.0}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
 }
@@ -36,7 +45,8 @@ def tiny_model(family="qwen3", *, vocab_size=VOCABULARY, dtype=torch.float32, se
         pad_token_id=0,
         initializer_range=0.3,
     )
-    config = getattr(transformers, f"{name}Config")(**{**values, **extra, **changes})
+    kind = "Gemma3Text" if name == "Gemma3" else name
+    config = getattr(transformers, f"{kind}Config")(**{**values, **extra, **changes})
     torch.manual_seed(seed)
     return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
 

@@ -70,8 +70,9 @@ def packed_attention(
         return _flash(query, key, value, segments, scale, window)
     long = window is None and query.shape[-1] <= CUDNN_MAX_HEAD_DIM
     runs = _runs(segments.lengths, CUDNN_FROM if long else max(segments.lengths) + 1)
-    if len(runs) == 1 and not runs[0][2]:
-        return _flash(query, key, value, segments, scale, window)
+    if len(runs) == 1:
+        alone = runs[0][2]
+        return _cudnn(query, key, value, scale) if alone else _flash(query, key, value, segments, scale, window)
     sizes = [sum(segments.lengths[first:last]) for first, last, _ in runs]
     outputs = []
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
@@ -133,7 +134,8 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)[:length]
+    out = out.squeeze(0).transpose(0, 1)
+    return out[:length] if missing else out
 
 
 def _by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, attend: Any) -> Tensor:
@@ -157,7 +159,7 @@ def _attend(
     if softcap is None and num_queries == num_keys and (window is None or window >= num_keys):
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1)
+        return out.squeeze(0).transpose(0, 1)
     outputs = []
     offset = num_keys - num_queries
     for start in range(0, num_queries, QUERY_BLOCK):
@@ -179,13 +181,13 @@ def _spelled_out(
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1)
+        return out.squeeze(0).transpose(0, 1)
     group = query.shape[1] // key.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     precise = torch.promote_types(query.dtype, torch.float32)
     scores = softcap * torch.tanh((q @ k.transpose(2, 3)).to(precise) * (scale / softcap))
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(query.dtype)
-    return (weights @ v)[0].transpose(0, 1)
+    return (weights @ v).squeeze(0).transpose(0, 1)
 
 
 # --- inside a transformers model -----------------------------------------------------------------------------------
@@ -199,13 +201,17 @@ def _interface(  # noqa: PLR0913 transformers fixes the signature
     attention_mask: Any,
     *,
     segments: Segments | None = None,
+    record: list[dict[str, Any]] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, Hq, T, D] and so on → ([1, T, Hq, D], None)."""
+    """transformers' attention interface: query [1, Hq, T, D] and so on → ([1, T, Hq, D], None).
+
+    `record` is told what the module asked for.
+    """
     if segments is None:
         raise ValueError("packed attention: called without segments (its model was left switched to it)")
     if attention_mask is not None or query.shape[0] != 1:
@@ -213,8 +219,10 @@ def _interface(  # noqa: PLR0913 transformers fixes the signature
     unknown = [name for name in ("s_aux", "position_bias", "sinks") if others.get(name) is not None]
     if unknown or dropout or others.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise ValueError(f"packed attention: {unknown or 'dropout or a bidirectional layer'} is not supported")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if record is not None:
+        record.append({"scale": scale, "window": sliding_window, "softcap": softcap})
     out = packed_attention(q, k, v, segments, scale=scale, window=sliding_window, softcap=softcap)
     return out[None], None
 

@@ -124,6 +124,8 @@ def build_policy(config: RunConfig, model: Any, peft_config: Any, *, keep_refere
         keep_reference=keep_reference and not is_adapted(module),
         activation_checkpointing=config.update.activation_checkpointing,
         chunk_mb=config.update.logprob_chunk_mb,
+        fused_kernels=config.update.fused_kernels,
+        tiled_mlp=config.update.tiled_mlp,
     )
 
 
