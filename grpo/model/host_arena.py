@@ -8,7 +8,8 @@ Left out: moving leases. A range is where it is until it is released, so several
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,10 +23,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 _KNOB = "update.activation_checkpointing is offload"
 
 
-@dataclass
 class _Slab:
-    memory: Tensor  # uint8
-    free: list[tuple[int, int]] = field(default_factory=list)  # (start, end), sorted, never touching
+    """One piece of host memory; registered with CUDA until nobody refers to it, a view's lease included."""
+
+    def __init__(self, size: int, *, pinned: bool) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8)
+        self.free = [(0, size)]  # (start, end), sorted, never touching
+        if pinned:
+            address = self.memory.data_ptr()
+            _check(torch.cuda.cudart().cudaHostRegister(address, size, 0), size)
+            # Memory that is freed while registered could never be registered by its next owner.
+            weakref.finalize(self, _unregister, self.memory, size)
 
     def take(self, size: int) -> int | None:
         """Start of a free range of `size` bytes, first fit."""
@@ -97,7 +105,7 @@ class HostArena:
         if sum((end - start) // size for slab in self._slabs for start, end in slab.free) >= count:
             return
         if self.leased == 0:
-            self.close()
+            self._slabs = []
         self._add(count * size)
 
     def lease(self, size: int) -> Lease:
@@ -109,13 +117,6 @@ class HostArena:
                 return self._leased(slab, start, size)
         slab = self._add(size)
         return self._leased(slab, slab.take(size) or 0, size)
-
-    def close(self) -> None:
-        """Return all memory. Nothing may be leased and no copy under way."""
-        for slab in self._slabs:
-            if self._pinned:
-                _check(torch.cuda.cudart().cudaHostUnregister(slab.memory.data_ptr()), slab.memory.numel())
-        self._slabs = []
 
     def _leased(self, slab: _Slab, start: int, size: int) -> Lease:
         self.leased += size
@@ -129,9 +130,7 @@ class HostArena:
                 f"{_KNOB}: layer inputs need {size / GIB:.1f} GiB of host memory and {room / GIB:.1f} GiB are free "
                 "(want recompute, or a smaller update.max_tokens_per_batch)"
             )
-        slab = _Slab(torch.empty(size, dtype=torch.uint8), [(0, size)])
-        if self._pinned:
-            _check(torch.cuda.cudart().cudaHostRegister(slab.memory.data_ptr(), size, 0), size)
+        slab = _Slab(size, pinned=self._pinned)
         self._slabs.append(slab)
         return slab
 
@@ -140,9 +139,21 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def _unregister(memory: Tensor, size: int) -> None:
+    torch.cuda.synchronize()  # no copy may be under way
+    _check(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()), size)
+
+
 def _check(code: object, size: int) -> None:
     if int(code) != 0:  # type: ignore[call-overload]
+        _forget_error()
         raise RunError(f"{_KNOB}: {size / GIB:.2f} GiB of host memory cannot be pinned (CUDA error {code})")
+
+
+def _forget_error() -> None:
+    """The driver reports its last error to whoever asks next, which would be an innocent kernel."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
 
 
 def available_host_bytes() -> int | None:
