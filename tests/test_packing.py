@@ -2,8 +2,11 @@ import random
 
 import pytest
 
+from grpo import SFTConfig, SFTTrainer
 from grpo.batch import Completion, Prompt, Rollouts, ScoredRollouts
 from grpo.packing import Document, balanced_bins, best_fit, pack, pack_documents, packing_metrics
+from tests.tiny import tiny_model, tokenizer
+from tests.trainer.test_update import make_trainer
 
 
 def slow_places(document):
@@ -367,3 +370,37 @@ def test_bins_do_not_depend_on_token_values(share):
             assert (a.segments.lengths, a.segments.prefixes) == (b.segments.lengths, b.segments.prefixes)
             for name in ("loss_mask", "positions", "scored_index", "completion_cu_seqlens", "row_ids", "advantages"):
                 assert getattr(a, name).tolist() == getattr(b, name).tolist()
+
+
+def test_metrics_rows_and_the_knob(tmp_path):
+    """A GRPO step with and without shared prompts: fewer rows, the same loss and gradient norm."""
+
+    def first_row(share):
+        trainer = make_trainer(
+            tmp_path / str(share),
+            rewards=lambda completion: float(len(completion) % 3),
+            max_steps=1,
+            max_tokens_per_batch=60,
+            share_prompts=share,
+        )
+        (row,) = list(trainer.steps())
+        return row
+
+    plain, shared = first_row(False), first_row(True)
+    assert plain["packing/tokens"] == plain["packing/tokens_unshared"] == shared["packing/tokens_unshared"]
+    assert shared["packing/tokens"] < plain["packing/tokens"]
+    for row in (plain, shared):
+        assert 0 < row["packing/tokens"] / row["packing/num_bins"] / row["packing/utilization"] <= 60
+    assert shared["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    assert shared["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+
+
+def test_metrics_rows_of_supervised_training(tmp_path):
+    text = tokenizer()
+    rows = [{"prompt": "sort 31", "completion": "13"}, {"prompt": "sort 402", "completion": "024"}]
+    config = SFTConfig(output_dir=str(tmp_path), max_steps=1, examples_per_step=2, max_tokens_per_batch=11)
+    trainer = SFTTrainer(tiny_model(vocab_size=len(text)), config, rows, processing_class=text)
+    (row,) = list(trainer.steps())
+    assert row["packing/num_bins"] == 2  # 7 + 3 − 1 and 8 + 4 − 1 rows
+    assert row["packing/tokens"] == row["packing/tokens_unshared"] == row["step_tokens"] == 9 + 11
+    assert row["packing/utilization"] == pytest.approx(20 / 22)

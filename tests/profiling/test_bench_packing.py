@@ -48,7 +48,8 @@ def test_the_comparison_sees_other_gradients():
     method = bench_packing.make_method("padded", case)
     method.run()
     wanted = method.gradients()
-    assert bench_packing.gradient_error(wanted, wanted) == 0
+    method.run()  # starts from zero again
+    assert bench_packing.gradient_error(method.gradients(), wanted) < 1e-6
     other = {name: gradient * 1.01 for name, gradient in wanted.items()}
     assert bench_packing.gradient_error(other, wanted) == pytest.approx(0.01, rel=1e-3)
     with pytest.raises(ValueError, match="other parameters"):
