@@ -133,7 +133,7 @@ def cases(device: torch.device, *, toy: bool) -> dict[str, Callable[[], Case]]:
     make = Maker(device)
     if toy:
         return {
-            "rope-toy": lambda: make.rope(24, 4, 2, 16),
+            "rope-toy": lambda: make.rope(6, 4, 2, 16),
             "rmsnorm-toy": lambda: make.rmsnorm(24, 48),
             "rmsnorm-trainable-toy": lambda: make.rmsnorm(24, 48, trainable=True),
             "swiglu-toy": lambda: make.glu(24, 48, "silu"),

@@ -60,7 +60,7 @@ def test_share_is_bytes_over_time_over_bandwidth(results):
 @pytest.mark.parametrize(
     "key, forward, backward",
     [
-        ("rope-toy", 2 * 24 * 6 * 16 + 24 * 16, 2 * 24 * 6 * 16 + 24 * 16),  # q and k read and written, half angles
+        ("rope-toy", 2 * 6 * 6 * 16 + 6 * 16, 2 * 6 * 6 * 16 + 6 * 16),  # q and k read and written, half angles
         ("rmsnorm-toy", 2 * 24 * 48 + 24, 3 * 24 * 48 + 24),  # x, y, ρ; dy, x, ρ, dx
         ("swiglu-toy", 3 * 24 * 48, 5 * 24 * 48),
     ],

@@ -111,12 +111,12 @@ def test_order_of_rounding(twin, late_cast, dtype):
 
 
 def test_rounded_norm_in_the_weight_gradient(twin):
-    """Llama multiplies the rounded x̂: one row, so that dw shows it."""
+    """Llama multiplies the rounded x̂, Gemma x̂ itself: one row and a float32 weight, so that dw shows it."""
     x, weight, _ = case(twin, 1, 256, dtype=torch.float16)
     one = torch.ones_like(x)
-    module = transformers_norm(False, torch.ones_like(weight))
-    (_, _, dw), rounded = ours(twin, x, weight, one, False), module(x)[0]
-    assert (dw != rounded).float().mean() < 0.01
+    rounded = transformers_norm(False, torch.ones_like(weight))(x)[0].float()
+    llama, gemma = (ours(twin, x, weight.float(), one, late_cast)[2] for late_cast in (False, True))
+    assert (llama != rounded).float().mean() < 0.01 and (gemma != rounded).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("late_cast", ORDERS)
@@ -201,16 +201,13 @@ def test_offsets_of_64_bits(twin, monkeypatch):
         assert relative_error(got[2], wanted[2]) < 3e-6
 
 
-def test_rows_more_than_2_to_31_elements_apart(twin):
-    """On the CPU untouched pages cost no memory."""
-    x, weight, dy = case(twin, 2, 64, dtype=torch.bfloat16)
-    apart = 2**31 + 24
-    memory = torch.empty(apart + 64, dtype=x.dtype, device=twin.device)
-    far = memory.as_strided(x.shape, (apart, 1)).copy_(x)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(ours(twin, far, weight, dy, False), ours(twin, x, weight, dy, False), strict=True)
-    )
+def test_an_offset_of_more_than_2_to_31_elements(twin):
+    """The third row's, at a stride that fits 32 bits. On the CPU untouched pages cost no memory."""
+    x, weight, dy = case(twin, 3, 64, dtype=torch.bfloat16)
+    memory = torch.empty(2**31 + 200, dtype=x.dtype, device=twin.device)
+    far = memory.as_strided(x.shape, (2**30 + 24, 1)).copy_(x)
+    both = (ours(twin, tensor, weight, dy, False) for tensor in (far, x))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 @pytest.mark.gpu

@@ -59,7 +59,7 @@ def check(twin, q, k, cos, sin, positions=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("q_heads, k_heads", [(1, 1), (4, 2), (14, 2), (5, 5), (33, 3)])
+@pytest.mark.parametrize("q_heads, k_heads", [(1, 1), (4, 2), (14, 2), (5, 5), (33, 34)])
 def test_values_and_gradients(twin, q_heads, k_heads, dtype):
     for width in (2, 64, 80, 100):
         if q_heads == 33 and width != 64:
@@ -147,6 +147,13 @@ def test_in_place_on_strided_tensors(twin):
     assert torch.equal(qkv[:, 48:64], kept[:, 48:64]) and torch.equal(qkv[:, 80:], kept[:, 80:])
     back = rotate(q, k, cos, sin, inverse=True, backend=twin.backend)
     assert_close(back, [kept[:, :48].double(), kept[:, 64:80].double().view(5, 1, 16)])
+    heads = twin.random(5, 7, 16)
+    kept = heads.clone()
+    rotate(heads[:, ::2], heads[:, 1:6:4], cos, sin, in_place=True, backend=twin.backend)
+    assert_close(
+        (heads[:, [0, 2, 4, 6]], heads[:, [1, 5]]), [reference(kept[:, h], cos, sin) for h in ([0, 2, 4, 6], [1, 5])]
+    )
+    assert torch.equal(heads[:, 3], kept[:, 3])
     with pytest.raises(ValueError, match="q: strides"):
         rotate(twin.random(32, 5).T, k, cos, sin, in_place=True, backend=twin.backend)
 
@@ -191,17 +198,19 @@ def test_offsets_of_64_bits(twin, monkeypatch):
     check(twin, q, k, cos, sin, torch.tensor([0, 8, 2, 0], dtype=torch.int32, device=twin.device))
 
 
-def test_tokens_more_than_2_to_31_elements_apart(twin):
-    """On the CPU untouched pages cost no memory."""
-    cos, sin = angles(2, 16, twin.device)
-    q, k = twin.random(2, 48).bfloat16(), twin.random(2, 16).bfloat16()
-    apart = 2**31 + 24
-    memory = torch.empty(apart + 48, dtype=q.dtype, device=twin.device)
-    far = memory.as_strided(q.shape, (apart, 1)).copy_(q)
+@pytest.mark.parametrize("far_one", ["q", "k"])
+def test_an_offset_of_more_than_2_to_31_elements(twin, far_one):
+    """The third token's, at a stride that fits 32 bits. On the CPU untouched pages cost no memory."""
+    cos, sin = angles(3, 16, twin.device)
+    q, k = twin.random(3, 48).bfloat16(), twin.random(3, 16).bfloat16()
     wanted = [reference(x, cos, sin) for x in (q, k)]
-    assert_close(rope(far, k, cos, sin, backend=twin.backend), wanted)
-    rotate(far, k, cos, sin, in_place=True, backend=twin.backend)
-    assert_close((far, k), wanted)
+    memory = torch.empty(2**31 + 200, dtype=q.dtype, device=twin.device)
+    near = q if far_one == "q" else k
+    far = memory.as_strided(near.shape, (2**30 + 24, 1)).copy_(near)
+    both = (far, k) if far_one == "q" else (q, far)
+    assert_close(rope(*both, cos, sin, backend=twin.backend), wanted)
+    rotate(*both, cos, sin, in_place=True, backend=twin.backend)
+    assert_close(both, wanted)
 
 
 @pytest.mark.gpu
