@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from grpo.kernels.backend import Backend
-from grpo.kernels.rows import twin_name, wide
+from grpo.kernels.rows import new_like, twin_name, wide
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS = get_args(Activation)
@@ -113,7 +113,7 @@ class _Glu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         e, g = ctx.saved_tensors
-        out = GluOutputs(None, *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (g, e)))
+        out = GluOutputs(None, new_like(g), new_like(e))
         if e.numel():
             ctx.twin.backward(dh, e, g, ctx.activation, out)
         need_e, need_g = ctx.needs_input_grad[:2]
@@ -123,7 +123,7 @@ class _Glu(torch.autograd.Function):
 def _forward(e: Tensor, g: Tensor, activation: Activation, out: Tensor | None, twin: GluTwin) -> Tensor:
     given = out
     if out is None:
-        out = torch.empty_like(e, memory_format=torch.contiguous_format)
+        out = new_like(e)
     if e.numel():
         twin.forward(e, g, activation, out)
     if given is not None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo.kernels.backend import Backend
-from grpo.kernels.rows import as_rows, twin_name, wide
+from grpo.kernels.rows import as_rows, new_like, twin_name, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, call: NormCall, twin: RmsNormTwin) -> Tensor:
         rows = as_rows(x)
-        y = torch.empty(x.shape, dtype=_result_dtype(x, weight, call), device=x.device)
+        y = new_like(x, _result_dtype(x, weight, call))
         rho = torch.empty(rows.shape[0], dtype=_maths_dtype(x), device=x.device)
         if x.numel():
             twin.forward(rows, weight, call, as_rows(y), rho)
@@ -94,7 +94,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rho = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dx = new_like(x)
         with_dw = ctx.needs_input_grad[1]
         dw = None
         if x.numel():

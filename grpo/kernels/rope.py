@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from grpo.kernels.backend import Backend
-from grpo.kernels.rows import twin_name, wide
+from grpo.kernels.rows import new_like, twin_name, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def _rotate(
     q_in, k_in = _heads(q, width, "q", in_place), _heads(k, width, "k", in_place)
     q_out, k_out = q, k
     if not in_place:
-        q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+        q_out, k_out = new_like(q), new_like(k)
     if q.shape[0]:
         written = (q_in, k_in) if in_place else (_heads(q_out, width, "q", True), _heads(k_out, width, "k", True))
         twin(q_in, k_in, *written, angles, inverse)

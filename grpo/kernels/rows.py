@@ -30,7 +30,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """[…, H] as [R, H] of unit column stride: a view where the strides allow one, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -50,6 +50,11 @@ def view_rows(tensor: Tensor, name: str) -> Tensor:
 def needs_long(extent: int) -> bool:
     """Whether offsets below this many elements need 64 bits: a compile-time constant of the kernels."""
     return extent >= LONG_FROM
+
+
+def new_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, whatever the tensor's strides."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def are_long(*rows: Tensor) -> bool:
