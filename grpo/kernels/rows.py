@@ -28,6 +28,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def new_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, whatever the tensor's strides."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """[…, H] as [R, H] of unit column stride: a view where the strides allow one, else a copy."""
     rows = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
@@ -52,13 +57,8 @@ def needs_long(extent: int) -> bool:
     return extent >= LONG_FROM
 
 
-def new_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised and contiguous, whatever the tensor's strides."""
-    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def are_long(*rows: Tensor) -> bool:
-    """The same of any of these [R, H]."""
+    """The same, for any of these [R, H]."""
     return any(x.shape[0] * x.stride(0) + x.shape[1] >= LONG_FROM for x in rows)
 
 
