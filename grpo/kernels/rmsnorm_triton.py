@@ -113,9 +113,7 @@ def backward(
         tiles = -(-programs // _programs(x.device))
         programs = -(-programs // tiles)
         partial = torch.empty(programs, columns, dtype=rho.dtype, device=x.device)
-        warps = min(
-            32, 2 * warps
-        )  # the sums would take 120 registers a thread, leaving three quarters of an SM's threads unused
+        warps = min(32, 2 * warps)  # else the sums take 120 registers a thread, and few threads fit an SM
     with device_of(x):
         _backward_kernel[(programs,)](
             dy, x, rho if weight is None else weight, rho, dx, partial,

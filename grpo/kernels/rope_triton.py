@@ -92,7 +92,8 @@ def rotate(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, angles: Angles, i
     k_heads = k.shape[1]
     half = width // 2
     q_tile, k_tile, block, tiles = _tiles(q_heads, k_heads, half)
-    long = needs_long(max(_extent(q), _extent(k), tokens * q_heads * width, cos.shape[0] * cos.stride(0)))
+    written = tokens * max(q_heads, k_heads) * width
+    long = needs_long(max(_extent(q), _extent(k), written, cos.shape[0] * cos.stride(0)))
     with device_of(q):
         _rope_kernel[(tokens * tiles,)](
             q, k, q_out, k_out, cos, sin, cos if positions is None else positions, cos.shape[0],

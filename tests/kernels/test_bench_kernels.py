@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from profiling import bench_kernels
-from profiling.bench_kernels import EAGER, Case, Method, Reference, Settings
+from profiling.bench_kernels import Settings
+from profiling.kernel_cases import EAGER, Case, Method, Reference, cases, eager
 from profiling.measure import device_slug
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -66,7 +67,7 @@ def test_share_is_bytes_over_time_over_bandwidth(results):
     ],
 )
 def test_bytes(key, forward, backward):
-    case = bench_kernels.cases(CPU, toy=True)[key]()
+    case = cases(CPU, toy=True)[key]()
     assert (case.bytes_forward, case.bytes_backward) == (4 * forward, 4 * backward)
 
 
@@ -91,9 +92,9 @@ def test_the_table_follows_from_the_json(results, tmp_path, capsys):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_reference_sees_a_wrong_method(key):
-    case = bench_kernels.cases(CPU, toy=True)[key]()
-    right = Method("right", bench_kernels.eager)
-    wrong = Method("wrong", lambda case, inputs: tuple(y * 1.01 for y in bench_kernels.eager(case, inputs)))
+    case = cases(CPU, toy=True)[key]()
+    right = Method("right", eager)
+    wrong = Method("wrong", lambda case, inputs: tuple(y * 1.01 for y in eager(case, inputs)))
     reference = Reference.of(case)
     errors = reference.errors(*right.both(case, *case.copies()))
     assert max(errors.values()) < 1e-6
@@ -105,8 +106,8 @@ def test_a_failing_peer_is_a_row():
     def fails(case: Case, inputs):
         raise RuntimeError("kernel does not fit\nlong story")
 
-    case = bench_kernels.cases(CPU, toy=True)["swiglu-toy"]()
-    entry = bench_kernels.measure_case(case, [Method("peer", fails), Method(EAGER, bench_kernels.eager)], SETTINGS)
+    case = cases(CPU, toy=True)["swiglu-toy"]()
+    entry = bench_kernels.measure_case(case, [Method("peer", fails), Method(EAGER, eager)], SETTINGS)
     assert entry["rows"][0] == {"name": "peer", "skipped": "RuntimeError: kernel does not fit"}
     assert "forward" in entry["rows"][1]
     with pytest.raises(RuntimeError):  # ours never fails quietly
