@@ -147,7 +147,7 @@ def _not_plain(layer: Any, name: str) -> str | None:
         f"the adapter is made of {type(a).__name__}": type(a) is not nn.Linear or type(b) is not nn.Linear,
         f"its dropout is {type(dropout).__name__}": not isinstance(dropout, nn.Dropout | nn.Identity),
         "the scale is not a number": not isinstance(layer.scaling[name], int | float),
-        "hooks": any(map(_has_hooks, (layer, base, a, b))),
+        "hooks": any(map(has_hooks, (layer, base, a, b))),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -156,7 +156,7 @@ def _is_peft_linear(kind: type) -> bool:
     return kind.__module__.startswith("peft.tuners.lora.") and kind.__name__ in ("Linear", "Linear4bit")
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    # A fused projection calls none of these modules, so that nothing registered on them would run.
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is registered on `module` that would not run where its forward is not called."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
     return any(getattr(module, name, None) for name in names)

@@ -24,7 +24,7 @@ from grpo.kernels import TokenLogprobs, resolve_backend, token_logprobs
 from grpo.model.adapter import adapter_off, base_of, is_adapted
 from grpo.model.attention import PackedAttention
 from grpo.model.offload import Checkpointer
-from grpo.model.surgery import Surgery, patch
+from grpo.model.surgery import Surgery, patch, unpatch
 from grpo.packing import segments
 
 # Relative error of hidden states or logits that rounding alone can cause between two orders of the same sums. Some
@@ -92,6 +92,7 @@ class Policy:
         self.causal_lm: Any = base_of(module)
         self.backbone: Any = self.causal_lm.base_model
         self.chunk_mb = chunk_mb
+        unpatch(self.causal_lm)  # an earlier trainer may have prepared this very model
         self._accepts: set[str] = set(inspect.signature(self.backbone.forward).parameters)
         self.attention = PackedAttention(self.backbone)
         self.head = self._probe_head()

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from grpo.errors import clip
 from grpo.kernels.glu import Activation, glu
@@ -31,7 +30,7 @@ from grpo.kernels.lora_mlp import lora_mlp
 from grpo.kernels.nf4 import NF4Weight
 from grpo.kernels.rmsnorm import rmsnorm
 from grpo.kernels.rope import rope
-from grpo.model.adapter import LoRAParts, adapters_disabled, lora_parts
+from grpo.model.adapter import LoRAParts, adapters_disabled, has_hooks, lora_parts
 from grpo.model.attention import PackedAttention, packed_attention
 from grpo.model.offload import Checkpointer
 from grpo.packing import segments
@@ -73,7 +72,7 @@ class Surgery:
         done = error <= TOLERANCE[_dtype(module)]
         if done:
             module.forward = forward
-            module._fused = True  # type: ignore[assignment]
+            module._fused = self  # type: ignore[assignment]
             self._patched.append(module)
         self.changes.append(Change(path, what if done else f"{what}: differs by {error:.1e}", done))
 
@@ -121,6 +120,14 @@ def patch(
     return surgery
 
 
+def unpatch(model: nn.Module) -> None:
+    """Take back whatever an earlier `patch` did to this model, so that it may be prepared anew."""
+    for module in model.modules():
+        found = getattr(module, "_fused", None)
+        if found is not None:
+            found.restore()
+
+
 def _has(module: nn.Module, *names: str) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
@@ -163,7 +170,11 @@ def _patch_norm(surgery: Surgery, path: str, module: Any) -> None:
         return
     x = _noise(PROBE_ROWS, len(module.weight), module=module)
     weight = 1 + 0.5 * _noise(1, len(module.weight), module=module)[0]  # a fresh one is all ones and shows no order
-    wanted = functional_call(module, {"weight": weight}, x)
+    own, module.weight = module.weight, nn.Parameter(weight, requires_grad=False)
+    try:
+        wanted = module.forward(x)  # not through __call__: hooks are the user's, and stay where they are
+    finally:
+        module.weight = own
     errors = [_error(rmsnorm(x, weight, eps, offset=o, late_cast=late), wanted) for o, late in _ORDERS]
     best = min(range(len(_ORDERS)), key=errors.__getitem__)
     forward = partial(_norm_forward, module, eps, *_ORDERS[best])
@@ -205,6 +216,8 @@ def _projection(module: Any) -> _Projection | str:
         return "trainable weights"
     if parts is not None and parts.dropout > 0:
         return "LoRA dropout"
+    if has_hooks(base):
+        return "hooks"
     return _Projection(module, base, parts)
 
 
@@ -233,7 +246,7 @@ def _patch_mlp(surgery: Surgery, path: str, module: Any, how: _MLP) -> None:
     fused = _projections(module.gate_proj, module.up_proj, module.down_proj)
     x = _noise(1, PROBE_ROWS, _width(module.gate_proj), module=module)
     try:
-        wanted = module(x)
+        wanted = module.forward(x)
         if isinstance(fused, str):
             forward, what = partial(_glu_forward, module, activation), f"{type(module).__name__} (activation; {fused})"
         else:
@@ -327,7 +340,7 @@ def _patch_attention(surgery: Surgery, path: str, module: Any, attention: Packed
         rotation = tuple(torch.cat([half(angle)] * 2, dim=-1)[None] for half in (torch.cos, torch.sin))
         layout = segments([PROBE_ROWS - 2, 2]).to(x.device)
         with attention.on():
-            wanted = module(
+            wanted = module.forward(
                 hidden_states=x, position_embeddings=rotation, attention_mask=None, segments=layout, record=asked
             )[0]
         parts = _Attention(

@@ -605,7 +605,8 @@ def test_bfloat16_on_a_gpu(adapter_dtype, nf4, r):
     compare(lora_linear, plain, x, [linear_of(128, 192, r, **settings)])
     compare(lora_qkv, plain_qkv, x, [linear_of(128, out, r, **settings) for out in (128, 64, 64)])
     for tiles in (1, 4):
-        compare(ours_mlp(tiles=tiles), plain_mlp("silu"), x, mlp_of(128, 320, (r, r, r), **settings))
+        mlp = mlp_of(128, 320, (r, r, r), **settings)
+        compare(ours_mlp(tiles=tiles), plain_mlp("silu"), x, mlp, looser=2.0)  # a product of two rounded projections
 
 
 @pytest.mark.gpu

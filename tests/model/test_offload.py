@@ -243,7 +243,7 @@ def test_gpu_memory_does_not_grow_with_graphs_in_flight():
         del held, policy
         gc.collect()
     payload = 4000 * 1024 * 2
-    assert grown["offload"] < 0.1 * payload, grown
+    assert grown["offload"] < 0.3 * payload, grown  # the rotary tables, [T, 128] each, and the log-probs
     assert grown["recompute"] > 4 * payload, grown
 
 

@@ -108,6 +108,40 @@ def test_patching_twice_is_refused():
     patch(model)
 
 
+def test_a_second_policy_takes_the_model_over_from_the_first():
+    model = adapted()
+    first = Policy(model, activation_checkpointing="offload")
+    wanted = gradients(first, bins())
+    found = gradients(Policy(model, activation_checkpointing="recompute"), bins())
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_hooks_still_run_and_are_not_run_by_the_probes():
+    model = tiny_model("qwen3", dtype=torch.bfloat16)
+    runs = []
+    for module in (model.model.norm, model.model.layers[0].mlp, model.model.layers[1].self_attn):
+        module.register_forward_hook(lambda module, _, __: runs.append(module))
+    patch(model)
+    assert not runs
+    with torch.no_grad():
+        model(torch.arange(2, 9)[None])
+    assert len(runs) == 3
+
+
+def test_a_projection_with_a_hook_is_called_as_it_is():
+    model = tiny_model("llama").requires_grad_(False)
+    runs = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: runs.append(1))
+    changes = {change.path: change for change in patch(model).changes}
+    assert "hooks" in changes["model.layers.0.mlp"].what
+    assert "(" not in changes["model.layers.1.mlp"].what
+    runs.clear()
+    with torch.no_grad():
+        model(torch.arange(2, 9)[None])
+    assert runs == [1]
+
+
 def test_an_unknown_architecture_runs_as_it_is_and_says_so():
     policy = Policy(tiny_gpt2())
     assert policy.surgery.changes == []
