@@ -201,6 +201,11 @@ class UpdateConfig(Section):
     tiled_mlp: bool = Field(
         False, description="MLP in slices of about hidden_size tokens: less memory, about 1.3 × time in the MLP"
     )
+    keep_attention: bool = Field(
+        False,
+        description="with offload on CUDA: attention outputs of long documents wait in host memory too, not computed "
+        "again; twice the host memory, some % faster at 20K tokens, more beyond",
+    )
     logprob_chunk_mb: Int = Field(512, ge=1, description="MiB of the logit tile in the LM head")
 
 
@@ -279,6 +284,13 @@ class RunConfig(Section):
 
     def _memory_contradictions(self) -> list[str]:
         problems = []
+        if self.update.keep_attention and self.update.activation_checkpointing != "offload":
+            problems.append(
+                f"update.keep_attention is true with update.activation_checkpointing "
+                f"{self.update.activation_checkpointing!r} (want offload)"
+            )
+        if self.update.keep_attention and not self.update.fused_kernels:
+            problems.append("update.keep_attention is true (want update.fused_kernels: true, of which it is a part)")
         if self.update.tiled_mlp and not self.update.fused_kernels:
             problems.append("update.tiled_mlp is true (want update.fused_kernels: true, of which it is a part)")
         if self.update.tiled_mlp and self.adapter is None:

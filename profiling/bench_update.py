@@ -139,7 +139,7 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
         linear = bnb.nn.Linear4bit(
             module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4"
         )
-        linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
         if module.bias is not None:
             linear.bias = module.bias
         parent, _, leaf = name.rpartition(".")
@@ -269,6 +269,7 @@ class Method:
 
 METHODS = (
     Method("ours, offload", (("activation_checkpointing", "offload"),)),
+    Method("ours, offload, attention kept", (("activation_checkpointing", "offload"), ("keep_attention", True))),
     Method("ours, recompute", (("activation_checkpointing", "recompute"),)),
     Method("ours, offload, tiled MLP", (("activation_checkpointing", "offload"), ("tiled_mlp", True))),
     Method("stock layers, recompute", (("activation_checkpointing", "recompute"), ("fused_kernels", False))),
@@ -276,41 +277,66 @@ METHODS = (
 )
 
 
-def row(case: Case, method: Method, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Seconds, GiB and gradient error of one method on one case; or why there are none."""
-    result: dict[str, Any] = {"method": method.name}
-    try:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = build(case, device, dtype)
-        data = Data.make(case, device)
-        weights = _allocated(device)
-        policy = None if method.peer else Policy(model, **dict(method.options))
-        run = trl(model, data, device) if policy is None else ours(policy, data)
+def rows(case: Case, methods: list[Method], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """Seconds and GiB of each method on one case, or why there are none. Our methods share one model, in turn."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    data = Data.make(case, device)
+    model = None
+    for method in methods:
+        result: dict[str, Any] = {"method": method.name}
+        policy = None
+        try:
+            if model is None or method.peer:
+                model = None
+                _clear(device)
+                model = build(case, device, dtype)
+                weights = _allocated(device)
+            policy = None if method.peer else Policy(model, **dict(method.options))
+            run = trl(model, data, device) if policy is None else ours(policy, data)
+            result |= _measured(run, model, case, device, seconds)
+            result["weights_gib"] = round(weights / GIB, 3)
+            result["tokens_per_s"] = round(data.ids.numel() / result["forward_backward"]["median_ms"] * 1e3, 1)
+            if policy is not None and policy.checkpointer is not None and policy.checkpointer.host is not None:
+                arena = policy.checkpointer.host.arena
+                result |= {"pinned_gib": round(arena.capacity / GIB, 3), "payload_gib": round(arena.peak / GIB, 3)}
+            del run
+        except torch.OutOfMemoryError:
+            result["skipped"] = "out of memory"
+        except ImportError as error:
+            result["skipped"] = f"{error}"
+        if policy is not None and policy.checkpointer is not None:
+            policy.checkpointer.remove()
+        del policy
+        _clear(device)
+        yield result
 
-        def clean_run() -> None:
-            run()
-            model.zero_grad(set_to_none=True)
 
-        (found,) = measure([clean_run], device, seconds=seconds)
-        result |= {"forward_backward": found.as_json(), "weights_gib": round(weights / GIB, 3)}
-        if found.peak_gib is not None:
-            result["peak_gib"] = round(found.peak_gib + _allocated(device) / GIB, 3)
-            result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
-        result["tokens_per_s"] = round(data.ids.numel() / found.median_ms * 1e3, 1)
-        if policy is not None and policy.checkpointer is not None and policy.checkpointer.host is not None:
-            arena = policy.checkpointer.host.arena
-            result |= {"pinned_gib": round(arena.capacity / GIB, 3), "payload_gib": round(arena.peak / GIB, 3)}
-    except torch.OutOfMemoryError:
-        result["skipped"] = "out of memory"
-    except ImportError as error:
-        result["skipped"] = f"{error}"
+def _measured(
+    run: Callable[[], None], model: nn.Module, case: Case, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    def clean_run() -> None:
+        run()
+        model.zero_grad(set_to_none=True)
+
+    before = _allocated(device)
+    (found,) = measure([clean_run], device, seconds=seconds, min_repeats=1 if case.rows * case.length > 10**5 else 3)
+    result: dict[str, Any] = {"forward_backward": found.as_json()}
+    if found.peak_gib is not None:
+        result["peak_gib"] = round(found.peak_gib + before / GIB, 3)
+        result["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
     return result
+
+
+def _clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _allocated(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
-    gc.collect()
     torch.cuda.synchronize()
     return torch.cuda.memory_allocated()
 
@@ -373,20 +399,20 @@ def card_of(gigabytes: float) -> Iterator[None]:
 
 def longest(case: Case, gigabytes: float, lengths: list[int], device: torch.device) -> list[dict[str, Any]]:
     """One step (forward, backward, 8-bit AdamW) at each length, ascending, until one does not fit."""
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     with card_of(gigabytes):
         for length in lengths:
             gc.collect()
             torch.cuda.empty_cache()
             result: dict[str, Any] = {"card_gb": gigabytes, "tokens": length}
             try:
-                rows.append(result | _one_step(replace(case, length=length, bin_tokens=length), device))
+                found.append(result | _one_step(replace(case, length=length, bin_tokens=length), device))
             except torch.OutOfMemoryError as error:
-                rows.append(result | {"failed": str(error).splitlines()[0][:120]})
-            print(json.dumps(rows[-1]), flush=True)
-            if "failed" in rows[-1]:
+                found.append(result | {"failed": str(error).splitlines()[0][:120]})
+            print(json.dumps(found[-1]), flush=True)
+            if "failed" in found[-1]:
                 break
-    return rows
+    return found
 
 
 def _one_step(case: Case, device: torch.device) -> dict[str, Any]:
@@ -497,16 +523,11 @@ def main(arguments: list[str] | None = None) -> None:
         else [c for c in (TOY if given.toy else CASES) if not given.case or c.name in given.case]
     )
     for case in chosen:
-        rows = data["cases"].setdefault(case.name, {"rows": []})["rows"]
-        for method in METHODS:
-            if given.only and not any(method.name.startswith(part) for part in given.only):
-                continue
-            rows.append(row(case, method, device, given.seconds))
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            print(line(case.name, rows[-1], {}), flush=True)
+        kept = data["cases"].setdefault(case.name, {"rows": []})["rows"]
+        methods = [m for m in METHODS if not given.only or any(m.name.startswith(part) for part in given.only)]
+        for found in rows(case, methods, device, given.seconds):
+            kept.append(found)
+            print(line(case.name, found, {}), flush=True)
             _write(out, data)
         if not given.no_errors:
             data["cases"][case.name]["gradient_errors"] = gradient_errors(case, device)

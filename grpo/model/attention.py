@@ -25,11 +25,12 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +52,7 @@ def packed_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    keeper: Keeper | None = None,
 ) -> Tensor:
     """[T, Hq, D] attention of one bin.
 
@@ -60,6 +62,7 @@ def packed_attention(
         scale: what q·k is multiplied by.
         window: a row sees itself and the window − 1 rows before it; None: all.
         softcap: scores become softcap·tanh(score / softcap) (Gemma 2).
+        keeper: keeps what the long documents' cuDNN calls gave until the layer is recomputed.
     """
     if window is not None and window >= max(segments.key_lengths):
         window = None
@@ -72,13 +75,15 @@ def packed_attention(
     runs = _runs(segments.lengths, CUDNN_FROM if long else max(segments.lengths) + 1)
     if len(runs) == 1:
         alone = runs[0][2]
-        return _cudnn(query, key, value, scale) if alone else _flash(query, key, value, segments, scale, window)
+        if not alone:
+            return _flash(query, key, value, segments, scale, window)
+        return _cudnn(query, key, value, scale, keeper)
     sizes = [sum(segments.lengths[first:last]) for first, last, _ in runs]
     outputs = []
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
     for (first, last, alone), (q, k, v) in zip(runs, parts, strict=True):
         if alone:
-            outputs.append(_cudnn(q, k, v, scale))
+            outputs.append(_cudnn(q, k, v, scale, keeper))
         else:
             bounds = segments.cu_seqlens[first : last + 1]
             piece = Segments(segments.lengths[first:last], ((0, 0),) * (last - first), bounds - bounds[0])
@@ -127,15 +132,59 @@ def _takes_gqa_flag() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, keeper: Keeper | None) -> Tensor:
     length = query.shape[0]
     if missing := -length % CUDNN_MULTIPLE:
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if keeper is not None:
+        out = _KeptCudnn.apply(q, k, v, scale, keeper)
+    else:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     out = out.squeeze(0).transpose(0, 1)
     return out[:length] if missing else out
+
+
+class Keeper(Protocol):
+    """Holds results of a layer's forward pass until it is recomputed; first in, first out."""
+
+    recomputing: bool
+
+    def keep(self, *tensors: Tensor | None) -> None:
+        """Called in the forward pass."""
+
+    def take(self) -> tuple[Any, ...]:
+        """Called in the recomputation: the same tensors, exact."""
+
+
+class _KeptCudnn(torch.autograd.Function):
+    """The cuDNN call, whose result and log-sum-exp are not computed again when the layer is."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, keeper: Keeper) -> Tensor:
+        if keeper.recomputing:
+            rows_first, *rest = keeper.take()
+            out = rows_first.transpose(1, 2)
+        else:
+            out, lse, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, True, 0.0, True, scale=scale
+            )
+            rest = [lse, seed, offset]
+            keeper.keep(out.transpose(1, 2), *rest)
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, out, *rest)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, out, lse, seed, offset = ctx.saved_tensors
+        shared = gradient, query, key, value, out, lse, seed, offset, None, None, None
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *shared, query.shape[2], key.shape[2], 0.0, True, scale=ctx.scale
+        )
+        return *found, None, None
 
 
 def _by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, attend: Any) -> Tensor:

@@ -14,6 +14,7 @@ parameters (refused), double backward.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ class Checkpointer:
         mode: where layer inputs wait.
         context: entered around every recomputation (the caller's own switch of the model's state).
         min_bytes: smaller tensors stay on the device.
+        keep_attention: long documents' attention outputs wait with the layer inputs instead of being computed again.
     """
 
     def __init__(
@@ -45,12 +47,18 @@ class Checkpointer:
         *,
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
         min_bytes: int = MIN_BYTES,
+        keep_attention: bool = False,
     ) -> None:
-        self.mode, self.context, self.min_bytes = mode, context, min_bytes
-        self.recomputing = False  # read by layers that may leave out what a recomputation does not need
+        self.mode, self.context, self.min_bytes, self.keep_attention = mode, context, min_bytes, keep_attention
+        self.current: _Call | None = None  # the layer that runs now
         self.host: HostMemory | None = None
         self._layers: list[nn.Module] = []
         self._last_call: weakref.ref[_Call] | None = None
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a layer is being recomputed: it may then leave out what only its value needs."""
+        return self.current is not None and self.current.recomputing
 
     def install(self, layers: Sequence[nn.Module]) -> None:
         """Take over transformers' checkpointing hook of `layers`, in the order in which they run."""
@@ -92,14 +100,18 @@ class Checkpointer:
         first = previous is None or previous.index >= call.index
         if previous is not None and not first:
             call.previous = weakref.ref(previous)
-        last = call.index == len(self._layers) - 1
-        if self.mode != "offload" or last or hidden.nbytes < self.min_bytes or not hidden.is_cuda:
+        if not self.leaves(call, hidden):
             return None
         if self.host is None or self.host.device != hidden.device:
             self.host = HostMemory(hidden.device)
         if first:
             self.host.arena.reserve(len(self._layers) - 1, hidden.nbytes)
         return self.host.send(hidden)
+
+    def leaves(self, call: _Call, tensor: Tensor) -> bool:
+        """Whether `tensor`, kept by `call`, waits in host memory."""
+        last = call.index == len(self._layers) - 1
+        return self.mode == "offload" and not last and tensor.nbytes >= self.min_bytes and tensor.is_cuda
 
     def _pack(self, tensor: Tensor) -> Any:
         small = tensor.nbytes < self.min_bytes or not tensor.is_floating_point() or isinstance(tensor, nn.Parameter)
@@ -122,6 +134,8 @@ class _Call:
         self.previous: weakref.ref[_Call] | None = None
         self.kept: _Kept | None = None
         self.rest: tuple[Any, ...] | None = None
+        self.recomputing = False
+        self._results: list[tuple[Any, ...]] = []  # of attention, in the order of its calls
         self.randomness = _Randomness(owner._layers[index])
 
     def hidden_states(self, hidden: Tensor) -> Tensor:
@@ -130,7 +144,11 @@ class _Call:
         Raises:
             ValueError: it returns other tensors, whose gradients would be lost.
         """
-        output = self.run(hidden)
+        outer, self.owner.current = self.owner.current, self
+        try:
+            output = self.run(hidden)
+        finally:
+            self.owner.current = outer
         if isinstance(output, tuple):
             output, *rest = output
             self.rest = tuple(rest)
@@ -141,8 +159,27 @@ class _Call:
     def prefetch_previous(self) -> None:
         """Start the copy that the next backward will wait for."""
         previous = self.previous() if self.previous is not None else None
-        if previous is not None and previous.kept is not None:
-            previous.kept.start()
+        if previous is None:
+            return
+        for kept in (previous.kept, *itertools.chain(*previous._results)):
+            if isinstance(kept, _Kept):
+                kept.start()
+
+    def keep(self, *tensors: Tensor | None) -> None:
+        """See `Keeper` in attention.py."""
+        host = self.owner.host
+        self._results.append(
+            tuple(
+                host.send(tensor) if host and tensor is not None and self.owner.leaves(self, tensor) else tensor
+                for tensor in tensors
+            )
+        )
+
+    def take(self) -> tuple[Any, ...]:
+        """See `Keeper` in attention.py."""
+        if not self._results:
+            raise RuntimeError("activation checkpointing: second backward; the first one took the attention outputs")
+        return tuple(x.fetch() if isinstance(x, _Kept) else x for x in self._results.pop(0))
 
 
 class _Checkpoint(torch.autograd.Function):
@@ -165,13 +202,9 @@ class _Checkpoint(torch.autograd.Function):
         hidden = saved.pop(0) if call.kept is None else call.kept.fetch()
         call.prefetch_previous()
         hidden = hidden.detach().requires_grad_(ctx.hidden_requires_grad)
-        owner = call.owner
-        outer, owner.recomputing = owner.recomputing, True
-        try:
-            with torch.enable_grad(), ctx.autocast(), call.randomness.again(), owner.context():
-                output = call.hidden_states(hidden)
-        finally:
-            owner.recomputing = outer
+        call.recomputing = True
+        with torch.enable_grad(), ctx.autocast(), call.randomness.again(), call.owner.context():
+            output = call.hidden_states(hidden)
         inputs = [*([hidden] if ctx.hidden_requires_grad else []), *saved]
         found = list(torch.autograd.grad(output, inputs, gradients[0], allow_unused=True))
         hidden_gradient = found.pop(0) if ctx.hidden_requires_grad else None

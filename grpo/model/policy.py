@@ -72,6 +72,7 @@ class Policy:
         activation_checkpointing: "none", "recompute" (a layer keeps its input) or "offload" (in pinned host memory).
         chunk_mb: size of the logit tile of the head, MiB.
         fused_kernels: swap modules of this instance for fused ones (surgery.py); `surgery.restore()` undoes it.
+        keep_attention: offload attention outputs of long documents too instead of computing them again.
         tiled_mlp: MLPs in slices of about hidden_size tokens.
 
     Raises:
@@ -86,6 +87,7 @@ class Policy:
         activation_checkpointing: Literal["none", "recompute", "offload"] = "none",
         chunk_mb: int = 512,
         fused_kernels: bool = True,
+        keep_attention: bool = False,
         tiled_mlp: bool = False,
     ) -> None:
         self.module = module
@@ -102,7 +104,9 @@ class Policy:
         layers = checkpointable_layers(self.backbone) if self.causal_lm.supports_gradient_checkpointing else []
         self.lacks_checkpointing = activation_checkpointing != "none" and not layers
         if activation_checkpointing != "none" and layers:
-            self.checkpointer = Checkpointer(activation_checkpointing, context=self._switched)
+            self.checkpointer = Checkpointer(
+                activation_checkpointing, context=self._switched, keep_attention=keep_attention
+            )
             self.checkpointer.install(layers)
         self.surgery: Surgery | None = None
         if fused_kernels:

@@ -116,7 +116,7 @@ def patch(
             elif _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
                 _patch_mlp(surgery, path, module, _MLP(checkpointer if id(module) in unread else None, tiled_mlp))
             elif _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
-                _patch_attention(surgery, path, module, attention)
+                _patch_attention(surgery, path, module, attention, checkpointer)
     return surgery
 
 
@@ -325,9 +325,12 @@ class _Attention:
     scale: float
     window: int | None
     softcap: float | None
+    checkpointer: Checkpointer | None
 
 
-def _patch_attention(surgery: Surgery, path: str, module: Any, attention: PackedAttention | None) -> None:
+def _patch_attention(
+    surgery: Surgery, path: str, module: Any, attention: PackedAttention | None, checkpointer: Checkpointer | None
+) -> None:
     if attention is None:
         surgery.leave(path, module, "the model does not keep packed documents apart")
         return
@@ -347,6 +350,7 @@ def _patch_attention(surgery: Surgery, path: str, module: Any, attention: Packed
             module,
             None if isinstance(qkv, str) else qkv,
             None if isinstance(output, str) else output,
+            checkpointer=checkpointer if checkpointer is not None and checkpointer.keep_attention else None,
             **asked[0],
         )
         forward = partial(_attention_forward, parts)
@@ -381,7 +385,16 @@ def _attention_forward(
     # In place: projections and norms have just made these, and keep nothing of them.
     query, key = rope(query, key, cos, sin, in_place=True)
     query, key, value = (tensor.view(len(x), -1, module.head_dim) for tensor in (query, key, value))
-    out = packed_attention(query, key, value, layout, scale=parts.scale, window=parts.window, softcap=parts.softcap)
+    out = packed_attention(
+        query,
+        key,
+        value,
+        layout,
+        scale=parts.scale,
+        window=parts.window,
+        softcap=parts.softcap,
+        keeper=None if parts.checkpointer is None else parts.checkpointer.current,
+    )
     out = out.reshape(len(x), -1)
     out = module.o_proj(out) if parts.output is None else lora_linear(out, parts.output.now())
     return out[None], None

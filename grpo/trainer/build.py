@@ -125,6 +125,7 @@ def build_policy(config: RunConfig, model: Any, peft_config: Any, *, keep_refere
         activation_checkpointing=config.update.activation_checkpointing,
         chunk_mb=config.update.logprob_chunk_mb,
         fused_kernels=config.update.fused_kernels,
+        keep_attention=config.update.keep_attention,
         tiled_mlp=config.update.tiled_mlp,
     )
 

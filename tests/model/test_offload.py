@@ -223,6 +223,25 @@ def test_gpu_offload_is_bitwise_recompute():
 
 
 @pytest.mark.gpu
+def test_gpu_attention_that_was_kept_is_not_computed_again():
+    """Log-probs to the bit; gradients as near as two runs of cuDNN's backward pass are."""
+    batch = bins(1, length=3000, budget=4000)[0].to("cuda")
+    peaks, results = [], []
+    for keep in (False, True):
+        policy = wide("offload", keep_attention=keep)
+        policy.module.train()
+        logprobs = policy.logprobs(batch, 1.0).logprobs
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), [p.grad.clone() for p in policy.trainable().values()]))
+        peaks.append(policy.checkpointer.host.arena.peak)
+    (stock, wanted), (kept, found) = results
+    assert torch.equal(stock, kept)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+    assert peaks[1] >= 1.9 * peaks[0]  # five layer inputs and five attention outputs
+
+
+@pytest.mark.gpu
 def test_gpu_memory_does_not_grow_with_graphs_in_flight():
     """With offload each further graph leaves almost nothing on the device; without, it leaves its layer inputs."""
     grown = {}
