@@ -34,11 +34,12 @@ from grpo.config import AdapterConfig
 from grpo.model.adapter import add_adapter
 from grpo.model.policy import Policy
 from grpo.packing import Document, pack_documents
-from profiling.measure import GIB, device_slug, environment, measure
+from profiling.measure import GIB, Measurement, device_slug, environment, measure
 
 HERE = Path(__file__).parent
 MARKERS = ("<!-- update: begin -->", "<!-- update: end -->")
 PROMPT = 256
+LONG = 4  # more bins than this are timed once
 BETA = 0.04
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,9 +86,9 @@ CASES = (
     Case("llama-8b-lora", "llama-3.1-8b", 1, 20_480, 20_480),
     Case("llama-8b-qlora", "llama-3.1-8b", 1, 20_480, 20_480, four_bit=True),
     Case("llama-8b-lora-group", "llama-3.1-8b", 8, 20_480, 20_480),
-    Case("qwen3-1.7b-lora", "qwen3-1.7b", 8, 4_352, 8_704),
+    Case("qwen3-1.7b-lora", "qwen3-1.7b", 8, 4_352, 17_408),
 )
-TOY = (Case("toy-lora", "toy", 2, 300, 300, rank=4), Case("toy-group", "toy", 4, 300, 600, rank=4))
+TOY = (Case("toy-lora", "toy", 2, 300, 300, rank=4), Case("toy-group", "toy", 10, 300, 600, rank=4))
 
 
 # --- models and data -------------------------------------------------------------------------------------------------
@@ -136,9 +137,10 @@ def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(module, nn.Linear) or name.endswith("lm_head"):
             continue
         weight = module.weight.data
-        linear = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4"
-        )
+        with torch.device("meta"):
+            linear = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, dtype, quant_type="nf4"
+            )
         linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
         if module.bias is not None:
             linear.bias = module.bias
@@ -235,6 +237,9 @@ def trl(model: nn.Module, data: Data, device: torch.device) -> Callable[[], None
         processing_class=make_tokenizer(),
     )
     trainer.current_gradient_accumulation_steps = 1
+    # What `trainer.train()` does before its first step.
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.enable_input_require_grads()  # type: ignore[operator]
     model.train()
     prompt, completion = data.ids[:, : data.prompt], data.ids[:, data.prompt :]
     inputs = {
@@ -293,7 +298,10 @@ def rows(case: Case, methods: list[Method], device: torch.device, seconds: float
                 weights = _allocated(device)
             policy = None if method.peer else Policy(model, **dict(method.options))
             run = trl(model, data, device) if policy is None else ours(policy, data)
-            result |= _measured(run, model, case, device, seconds)
+            first = None
+            if policy is not None and len(data.batches) > LONG:  # one bin warms up, then all are timed once
+                first = ours(policy, replace(data, batches=data.batches[:1]))
+            result |= _measured(run, model, device, seconds, first)
             result["weights_gib"] = round(weights / GIB, 3)
             result["tokens_per_s"] = round(data.ids.numel() / result["forward_backward"]["median_ms"] * 1e3, 1)
             if policy is not None and policy.checkpointer is not None and policy.checkpointer.host is not None:
@@ -311,15 +319,35 @@ def rows(case: Case, methods: list[Method], device: torch.device, seconds: float
         yield result
 
 
+def _once(run: Callable[[], None], device: torch.device) -> Measurement:
+    """One call, for those that take many seconds: its own time and peak."""
+    before = _allocated(device)
+    start = time.perf_counter()
+    run()
+    _allocated(device)  # synchronises
+    duration = (time.perf_counter() - start) * 1e3
+    peak = (torch.cuda.max_memory_allocated() - before) / GIB if device.type == "cuda" else None
+    return Measurement(duration, duration, duration, 1, peak)
+
+
 def _measured(
-    run: Callable[[], None], model: nn.Module, case: Case, device: torch.device, seconds: float
+    run: Callable[[], None],
+    model: nn.Module,
+    device: torch.device,
+    seconds: float,
+    warm_up: Callable[[], None] | None,
 ) -> dict[str, Any]:
     def clean_run() -> None:
         run()
         model.zero_grad(set_to_none=True)
 
     before = _allocated(device)
-    (found,) = measure([clean_run], device, seconds=seconds, min_repeats=1 if case.rows * case.length > 10**5 else 3)
+    if warm_up is None:
+        (found,) = measure([clean_run], device, seconds=seconds)
+    else:
+        warm_up()
+        model.zero_grad(set_to_none=True)
+        found = _once(clean_run, device)
     result: dict[str, Any] = {"forward_backward": found.as_json()}
     if found.peak_gib is not None:
         result["peak_gib"] = round(found.peak_gib + before / GIB, 3)

@@ -30,11 +30,24 @@ from grpo.kernels.nf4 import SCRATCH, NF4Weight, dequantize
 
 
 @dataclass(frozen=True)
+class AdapterCopies:
+    """An adapter in the dtype of x, made beforehand by a caller who knows that it has not changed since.
+
+    `a` [r, in] is a slice of `group` [Σ r, in], the a of all linears that are applied to one x, in their order.
+    """
+
+    a: Tensor
+    b: Tensor
+    group: Tensor
+
+
+@dataclass(frozen=True)
 class LoRALinear:
     """A frozen linear layer [in → out] and its adapter, if it has one that is on.
 
     `weight` [out, in] and `bias` [out] in the dtype of x; `a` [r, in] and `b` [out, r] in any float dtype, both None
-    for no adapter; `scale` is alpha/r, alpha/√r, or what the adapter's method says.
+    for no adapter; `scale` is alpha/r, alpha/√r, or what the adapter's method says. `copies` spares
+    the casts of a and b.
 
     Raises:
         ValueError: one line: shapes that do not fit, one of a and b alone, a weight or bias that requires grad.
@@ -45,6 +58,7 @@ class LoRALinear:
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 1.0
+    copies: AdapterCopies | None = None
 
     def __post_init__(self) -> None:
         out, into = self.weight.shape
@@ -64,6 +78,14 @@ class LoRALinear:
     def rank(self) -> int:
         """Of the adapter; 0 without one."""
         return 0 if self.a is None else self.a.shape[0]
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """(a, b) in `dtype`."""
+        if self.a is None or self.b is None:
+            return None, None
+        if self.copies is not None and self.copies.b.dtype == dtype:
+            return self.copies.a, self.copies.b
+        return self.a.to(dtype), self.b.to(dtype)
 
 
 @torch.compiler.disable
@@ -146,12 +168,13 @@ def low_products(x: Tensor, linears: Sequence[LoRALinear]) -> list[Tensor]:
 
 def project(x: Tensor, linear: LoRALinear, low: Tensor, backend: Backend, out: Tensor | None = None) -> Tensor:
     """y [T, out] from x and low = x·Aᵀ, written into `out` if given."""
-    if linear.b is None and out is None:
+    _, b = linear.cast(x.dtype)
+    if b is None and out is None:
         return F.linear(x, dense(linear.weight, backend), linear.bias)
     y = x.new_empty(x.shape[0], linear.weight.shape[0]) if out is None else out
-    if linear.b is None:
+    if b is None:
         return _write(y, linear.bias, x, dense(linear.weight, backend), 1.0)
-    _write(y, linear.bias, low, linear.b.to(x.dtype), linear.scale)  # not added: W's GEMM reads it in its epilogue
+    _write(y, linear.bias, low, b, linear.scale)  # not added: W's GEMM reads it in its epilogue
     return y.addmm_(x, dense(linear.weight, backend).t())
 
 
@@ -169,8 +192,9 @@ def low_gradients(dys: Sequence[Tensor], linears: Sequence[LoRALinear]) -> Tenso
     ranks = [linear.rank for linear in linears]
     v = dys[0].new_empty(dys[0].shape[0], sum(ranks))
     for dy, linear, part in zip(dys, linears, v.split(ranks, 1), strict=True):
-        if linear.b is not None:
-            part.addmm_(dy, linear.b.to(dy.dtype), beta=0, alpha=linear.scale)
+        _, b = linear.cast(dy.dtype)
+        if b is not None:
+            part.addmm_(dy, b, beta=0, alpha=linear.scale)
     return v
 
 
@@ -241,7 +265,16 @@ def check_call(x: Tensor, linear: LoRALinear, name: str = "x") -> None:
 
 
 def _stacked_a(linears: Sequence[LoRALinear], dtype: torch.dtype) -> Tensor | None:
-    parts = [linear.a.to(dtype) for linear in linears if linear.a is not None]
+    used = [linear for linear in linears if linear.a is not None]
+    group = used[0].copies.group if used and used[0].copies is not None else None
+    if (
+        group is not None
+        and group.dtype == dtype
+        and group.shape[0] == sum(linear.rank for linear in used)
+        and all(linear.copies is not None and linear.copies.group is group for linear in used)
+    ):
+        return group
+    parts = [a for a, _ in (linear.cast(dtype) for linear in used) if a is not None]
     return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

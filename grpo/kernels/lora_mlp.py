@@ -94,13 +94,12 @@ class _MLP:
 
     def cast(self, dtype: torch.dtype) -> _MLP:
         """The same with its adapters in `dtype`, so that tiles do not convert them one after another."""
-        gate, up, down = (
-            replace(linear, a=linear.a.to(dtype), b=linear.b.to(dtype))
-            if linear.a is not None and linear.b is not None
-            else linear
-            for linear in self.linears
-        )
+        gate, up, down = (_with(linear, *linear.cast(dtype)) for linear in self.linears)
         return replace(self, inputs=(gate, up), down=down)
+
+
+def _with(linear: LoRALinear, a: Tensor | None, b: Tensor | None) -> LoRALinear:
+    return replace(linear, a=a, b=b)
 
 
 class _Gated(NamedTuple):

@@ -33,7 +33,7 @@ class _Slab:
             address = self.memory.data_ptr()
             _check(torch.cuda.cudart().cudaHostRegister(address, size, 0), size)
             # Memory that is freed while registered could never be registered by its next owner.
-            weakref.finalize(self, _unregister, self.memory, size)
+            weakref.finalize(self, _unregister, self.memory, size).atexit = False
 
     def take(self, size: int) -> int | None:
         """Start of a free range of `size` bytes, first fit."""

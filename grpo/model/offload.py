@@ -51,8 +51,11 @@ class Checkpointer:
     ) -> None:
         self.mode, self.context, self.min_bytes, self.keep_attention = mode, context, min_bytes, keep_attention
         self.current: _Call | None = None  # the layer that runs now
+        self.refreshed: list[tuple[Tensor, Tensor]] = []  # (copy, original): copied anew when a forward pass begins
         self.host: HostMemory | None = None
         self._layers: list[nn.Module] = []
+        self._parameters: list[list[nn.Parameter]] = []
+        self._random: list[bool] = []
         self._last_call: weakref.ref[_Call] | None = None
 
     @property
@@ -63,6 +66,8 @@ class Checkpointer:
     def install(self, layers: Sequence[nn.Module]) -> None:
         """Take over transformers' checkpointing hook of `layers`, in the order in which they run."""
         self._layers = list(layers)
+        self._parameters = [list(layer.parameters()) for layer in layers]
+        self._random = [_has_dropout(layer) for layer in layers]
         for index, layer in enumerate(self._layers):
             layer.gradient_checkpointing = True  # type: ignore[assignment]
             layer._gradient_checkpointing_func = partial(self._run_layer, index)  # type: ignore[assignment]
@@ -71,7 +76,7 @@ class Checkpointer:
         """Leave the layers as they were found."""
         for layer in self._layers:
             del layer.gradient_checkpointing, layer._gradient_checkpointing_func
-        self._layers = []
+        self._layers, self.refreshed = [], []
 
     @contextmanager
     def tail(self) -> Iterator[None]:
@@ -86,12 +91,16 @@ class Checkpointer:
     def _run_layer(self, index: int, run: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         if any(isinstance(value, Tensor) and value.requires_grad for value in others):
             raise ValueError("activation checkpointing: an argument beside the hidden states requires grad")
-        parameters = [p for p in self._layers[index].parameters() if p.requires_grad]
+        parameters = [p for p in self._parameters[index] if p.requires_grad]
         if not torch.is_grad_enabled() or not (parameters or hidden.requires_grad):
             return run(hidden, *others)  # nothing below learns: no graph, nothing to keep
         call = _Call(self, lambda x: run(x, *others), index)
         output = _Checkpoint.apply(self, call, hidden, *parameters)
         return output if call.rest is None else (output, *call.rest)
+
+    def draws(self, index: int) -> bool:
+        """Whether this layer draws random numbers now."""
+        return self._random[index] and self._layers[index].training
 
     def keeper(self, call: _Call, hidden: Tensor) -> _Kept | None:
         """`hidden` on its way to the host, or None where it stays on the device."""
@@ -100,6 +109,9 @@ class Checkpointer:
         first = previous is None or previous.index >= call.index
         if previous is not None and not first:
             call.previous = weakref.ref(previous)
+        if first and self.refreshed:
+            copies, originals = zip(*self.refreshed, strict=True)
+            torch._foreach_copy_(copies, originals)
         if not self.leaves(call, hidden):
             return None
         if self.host is None or self.host.device != hidden.device:
@@ -136,7 +148,7 @@ class _Call:
         self.rest: tuple[Any, ...] | None = None
         self.recomputing = False
         self._results: list[tuple[Any, ...]] = []  # of attention, in the order of its calls
-        self.randomness = _Randomness(owner._layers[index])
+        self.randomness = _Randomness(owner.draws(index))
 
     def hidden_states(self, hidden: Tensor) -> Tensor:
         """Run the layer. What it returns beside hidden states (None, in older architectures) is in `rest`.
@@ -216,15 +228,19 @@ def _autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     return partial(torch.autocast, device_type, dtype=dtype, enabled=enabled)
 
 
+def _has_dropout(layer: nn.Module) -> bool:
+    # Attention dropout is a number on the module, not a Dropout.
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0) or bool(getattr(module, "attention_dropout", 0.0))
+        for module in layer.modules()
+    )
+
+
 class _Randomness:
     """The generators' state before a layer with active dropout; nothing for one without."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        # Attention dropout is a number on the module, not a Dropout.
-        self._active = layer.training and any(
-            (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
-            for module in layer.modules()
-        )
+    def __init__(self, active: bool) -> None:
+        self._active = active
         self._states: list[Tensor] = []
         self._devices: list[torch.device] = []
 
@@ -260,6 +276,7 @@ class HostMemory:
         self.from_host = torch.cuda.Stream(device)
         # Sources must outlive their copies. A queue of two is clearer than record_stream, which delays reuse
         # by an amount nobody can foresee.
+        self.last_read: torch.cuda.Event | None = None
         self._sources: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def send(self, source: Tensor) -> _Kept:
@@ -267,8 +284,10 @@ class HostMemory:
         compute = torch.cuda.current_stream(self.device)
         kept = _Kept(self, self.arena.lease(source.nbytes), source)
         # Behind the producer, and behind reads of host memory that this lease may now overwrite.
-        self.to_host.wait_stream(compute)
-        self.to_host.wait_stream(self.from_host)
+        kept.made.record(compute)
+        self.to_host.wait_event(kept.made)
+        if self.last_read is not None:
+            self.to_host.wait_event(self.last_read)
         with torch.cuda.stream(self.to_host):
             kept.view.copy_(source, non_blocking=True)
             kept.copied.record(self.to_host)
@@ -290,7 +309,7 @@ class _Kept:
     def __init__(self, memory: HostMemory, lease: Lease, source: Tensor) -> None:
         self._memory, self._lease = memory, lease
         self.view = lease.view(source)
-        self.copied = torch.cuda.Event()
+        self.made, self.copied, self._wanted = torch.cuda.Event(), torch.cuda.Event(), torch.cuda.Event()
         self._arrived = torch.cuda.Event()
         self._shape, self._dtype = source.shape, source.dtype
         self._device_copy: Tensor | None = None
@@ -302,11 +321,13 @@ class _Kept:
         memory = self._memory
         self._device_copy = torch.empty(self._shape, dtype=self._dtype, device=memory.device)
         # The new tensor may lie where earlier kernels still work; its host bytes may still be on their way.
-        memory.from_host.wait_stream(torch.cuda.current_stream(memory.device))
+        self._wanted.record(torch.cuda.current_stream(memory.device))
+        memory.from_host.wait_event(self._wanted)
         memory.from_host.wait_event(self.copied)
         with torch.cuda.stream(memory.from_host):
             self._device_copy.copy_(self.view, non_blocking=True)
             self._arrived.record(memory.from_host)
+        memory.last_read = self._arrived
 
     def fetch(self, *, last: bool = True) -> Tensor:
         """The tensor on the device, exact; the computation waits for the copy. `last`: its host memory is given back.

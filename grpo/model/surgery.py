@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from grpo.errors import clip
 from grpo.kernels.glu import Activation, glu
-from grpo.kernels.lora import LoRALinear, lora_linear, lora_qkv
+from grpo.kernels.lora import AdapterCopies, LoRALinear, lora_linear, lora_qkv
 from grpo.kernels.lora_mlp import lora_mlp
 from grpo.kernels.nf4 import NF4Weight
 from grpo.kernels.rmsnorm import rmsnorm
@@ -114,7 +114,7 @@ def patch(
             if _is_norm(module):
                 _patch_norm(surgery, path, module)
             elif _has(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
-                _patch_mlp(surgery, path, module, _MLP(checkpointer if id(module) in unread else None, tiled_mlp))
+                _patch_mlp(surgery, path, module, _MLP(checkpointer, id(module) in unread, tiled_mlp))
             elif _has(module, "q_proj", "k_proj", "v_proj", "o_proj"):
                 _patch_attention(surgery, path, module, attention, checkpointer)
     return surgery
@@ -193,6 +193,8 @@ class _Projection:
 
     def __init__(self, module: Any, base: Any, parts: LoRAParts | None) -> None:
         self.module, self.base, self.parts = module, base, parts
+        self.copies: AdapterCopies | None = None
+        self.checkpointer: Checkpointer | None = None
         self.quantised = NF4Weight.of(base) if hasattr(base.weight, "quant_state") else None
 
     def now(self) -> LoRALinear:
@@ -201,7 +203,9 @@ class _Projection:
         weight = self.base.weight if self.quantised is None else self.quantised
         if parts is None:
             return LoRALinear(weight, self.base.bias, None, None, 1.0)
-        return LoRALinear(weight, self.base.bias, parts.a, parts.b, parts.scale)
+        # Copies are those of the pass under way; a call outside one, such as generation, casts for itself.
+        in_pass = self.checkpointer is not None and self.checkpointer.current is not None
+        return LoRALinear(weight, self.base.bias, parts.a, parts.b, parts.scale, self.copies if in_pass else None)
 
 
 def _projection(module: Any) -> _Projection | str:
@@ -227,14 +231,31 @@ def _projections(*modules: Any) -> list[_Projection] | str:
     return next((reason for reason in found if isinstance(reason, str)), None) or found  # type: ignore[return-value]
 
 
+def _copy_adapters(projections: list[_Projection], checkpointer: Checkpointer | None) -> None:
+    """Give projections of one input their adapters in the model's dtype, brought up to date once a pass.
+
+    Casting them in every call would be most of the kernels that a layer launches.
+    """
+    adapted = [(p, p.parts) for p in projections if p.parts is not None]
+    if checkpointer is None or not adapted:
+        return
+    dtype = _dtype(adapted[0][0].module)
+    group = torch.cat([parts.a.detach().to(dtype) for _, parts in adapted])
+    for (projection, parts), a in zip(adapted, group.split([parts.a.shape[0] for _, parts in adapted]), strict=True):
+        projection.checkpointer = checkpointer
+        projection.copies = AdapterCopies(a, parts.b.detach().to(dtype, copy=True), group)
+        checkpointer.refreshed += [(a, parts.a), (projection.copies.b, parts.b)]
+
+
 # --- MLP -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _MLP:
-    """How an MLP runs. With `unread_in` its value goes into a sum alone, so that a recomputation may leave it out."""
+    """How an MLP runs. `unread`: its value goes into a sum alone, so that a recomputation may leave it out."""
 
-    unread_in: Checkpointer | None
+    checkpointer: Checkpointer | None
+    unread: bool
     tiled: bool
 
 
@@ -250,6 +271,8 @@ def _patch_mlp(surgery: Surgery, path: str, module: Any, how: _MLP) -> None:
         if isinstance(fused, str):
             forward, what = partial(_glu_forward, module, activation), f"{type(module).__name__} (activation; {fused})"
         else:
+            _copy_adapters(fused[:2], how.checkpointer)
+            _copy_adapters(fused[2:], how.checkpointer)
             forward, what = partial(_mlp_forward, fused, activation, how), type(module).__name__
         error = _error(forward(x), wanted)
     except (TypeError, ValueError, RuntimeError) as problem:
@@ -265,7 +288,7 @@ def _glu_forward(module: Any, activation: Activation, x: Tensor) -> Tensor:
 def _mlp_forward(fused: list[_Projection], activation: Activation, how: _MLP, x: Tensor) -> Tensor:
     gate, up, down = (projection.now() for projection in fused)
     tiles = max(1, math.ceil(x.numel() / x.shape[-1] ** 2)) if how.tiled else 1
-    unread = how.unread_in is not None and how.unread_in.recomputing
+    unread = how.unread and how.checkpointer is not None and how.checkpointer.recomputing
     return lora_mlp(x, gate, up, down, activation, skip_output=unread, tiles=tiles)
 
 
@@ -336,6 +359,10 @@ def _patch_attention(
         return
     qkv, output = _projections(module.q_proj, module.k_proj, module.v_proj), _projection(module.o_proj)
     what = type(module).__name__ + (f" (RoPE; {qkv})" if isinstance(qkv, str) else "")
+    if not isinstance(qkv, str):
+        _copy_adapters(qkv, checkpointer)
+    if not isinstance(output, str):
+        _copy_adapters([output], checkpointer)
     x = _noise(1, PROBE_ROWS, _width(module.q_proj), module=module)
     asked: list[dict[str, Any]] = []
     try:

@@ -221,6 +221,29 @@ def test_generation_and_plain_calls_keep_the_models_own_attention():
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), wanted)
 
 
+@pytest.mark.parametrize("mode", ["recompute", "none"])
+def test_an_adapter_changed_behind_autograds_back_is_seen_at_once(mode):
+    """Some optimizers write through pointers, which moves no version counter: copies may not trust it."""
+    policy, batch = Policy(adapted(dtype=torch.bfloat16), activation_checkpointing=mode), bins()[0]
+    gradients(policy, [batch])
+    with torch.no_grad(), policy.evaluating():
+        before = policy.logprobs(batch, 1.0).logprobs
+    for p in policy.trainable().values():
+        p.data.mul_(1.5)
+    found = gradients(policy, [batch])
+    changed = adapted(dtype=torch.bfloat16)
+    for name, p in changed.named_parameters():
+        if "lora_" in name:
+            p.data.mul_(1.5)
+    fresh = Policy(changed, activation_checkpointing=mode)
+    for name, wanted in gradients(fresh, [batch]).items():
+        assert torch.equal(found[name], wanted), name
+    with torch.no_grad(), policy.evaluating():
+        after = policy.logprobs(batch, 1.0).logprobs
+        assert torch.equal(after, fresh.logprobs(batch, 1.0).logprobs)
+    assert not torch.equal(after, before)
+
+
 @pytest.mark.parametrize(("family", "unread"), [("llama", True), ("qwen3", True), ("gemma2", False), ("gemma3", False)])
 def test_an_mlps_value_is_left_out_only_where_it_goes_into_a_sum_alone(family, unread):
     model = tiny_model(family)
