@@ -523,7 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="tiny shapes, for checking this program")
     parser.add_argument("--case", action="append", help="names (default: all)")
-    parser.add_argument("--only", action="append", help="methods whose name starts with this (default: all)")
+    parser.add_argument("--only", action="append", help="names of methods (default: all)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing per figure")
     parser.add_argument("--no-errors", action="store_true", help="leave the gradient errors out")
     parser.add_argument("--longest", type=float, nargs="*", help="card sizes in GB")
@@ -552,7 +552,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for case in chosen:
         kept = data["cases"].setdefault(case.name, {"rows": []})["rows"]
-        methods = [m for m in METHODS if not given.only or any(m.name.startswith(part) for part in given.only)]
+        methods = [m for m in METHODS if not given.only or m.name in given.only]
         for found in rows(case, methods, device, given.seconds):
             kept.append(found)
             print(line(case.name, found, {}), flush=True)
