@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.kernels.backend import Backend, resolve_backend
+from grpo.kernels.backend import Backend
+from grpo.kernels.rows import twin_name
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,7 @@ def dequantize(weight: NF4Weight, *, out: Tensor | None = None, backend: Backend
         found = f"{out.dtype} {tuple(out.shape)} on {out.device}"
         wanted = f"contiguous {weight.dtype} {weight.shape} on {weight.device}"
         raise ValueError(f"out: {found} (want {wanted})")
-    name, _ = resolve_backend(backend, weight.device, weight.dtype)
-    if name == "torch":
+    if twin_name(backend, weight.device.type, weight.dtype) == "torch":
         return _dequantize_torch(weight, out)
     from grpo.kernels import nf4_triton
 
