@@ -193,10 +193,10 @@ class UpdateConfig(Section):
     share_prompts: bool = Field(
         False, description="run a group's prompt once for all its completions in a bin; fewer tokens, less memory"
     )
-    fused_kernels: bool = Field(
-        True,
-        description="swap norms, RoPE, MLP and projections of known families for fused kernels on this model instance; "
-        "less memory per layer; false = leave the model as it is",
+    fused_kernels: bool | Literal["auto"] = Field(
+        "auto",
+        description="fused norms, RoPE, MLP and projections, swapped into this model instance; auto: where the model "
+        "allows it, and what is left alone is printed; true: or refuse; false: leave the model as it is",
     )
     tiled_mlp: bool = Field(
         False, description="MLP in slices of about hidden_size tokens: less memory, about 1.3 × time in the MLP"
@@ -290,9 +290,16 @@ class RunConfig(Section):
                 f"{self.update.activation_checkpointing!r} (want offload)"
             )
         if self.update.keep_attention and not self.update.fused_kernels:
-            problems.append("update.keep_attention is true (want update.fused_kernels: true, of which it is a part)")
+            problems.append(
+                "update.keep_attention is true (want update.fused_kernels: auto or true, of which it is a part)"
+            )
         if self.update.tiled_mlp and not self.update.fused_kernels:
-            problems.append("update.tiled_mlp is true (want update.fused_kernels: true, of which it is a part)")
+            problems.append("update.tiled_mlp is true (want update.fused_kernels: auto or true, of which it is a part)")
+        if self.update.fused_kernels is True and self.adapter is not None and self.adapter.dropout > 0:
+            problems.append(
+                f"update.fused_kernels is true beside adapter.dropout = {self.adapter.dropout} (want dropout 0, or "
+                "auto: projections with dropout then keep their own forward)"
+            )
         if self.update.tiled_mlp and self.adapter is None:
             problems.append("update.tiled_mlp is true (want an adapter section: full fine-tuning keeps stock MLPs)")
         if self.update.tiled_mlp and self.adapter is not None and self.adapter.dropout > 0:

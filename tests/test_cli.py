@@ -192,7 +192,7 @@ BAD = {
     "4-bit weights that a CPU decodes wrongly": (["model.load_in_4bit=true", "adapter.r=4"], "model.load_in_4bit is true on the CPU, where widths"),
     "paged optimizer on a CPU": (["optimizer.name=paged_adamw"], "config.yaml: optimizer.name is 'paged_adamw' with model.device 'cpu' (want adamw: paged"),
     "tiled MLP without an adapter": (["update.tiled_mlp=true"], "config.yaml: update.tiled_mlp is true (want an adapter section"),
-    "tiled MLP unfused": (["update.tiled_mlp=true", "update.fused_kernels=false", "adapter.r=4"], "config.yaml: update.tiled_mlp is true (want update.fused_kernels: true"),
+    "tiled MLP unfused": (["update.tiled_mlp=true", "update.fused_kernels=false", "adapter.r=4"], "config.yaml: update.tiled_mlp is true (want update.fused_kernels: auto"),
     "tiled MLP with dropout": (["update.tiled_mlp=true", "adapter.dropout=0.1"], "config.yaml: update.tiled_mlp is true beside adapter.dropout = 0.1"),
     "no such device": (["model.device=quantum"], "model.device is 'quantum'"),
 }  # fmt: skip

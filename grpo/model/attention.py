@@ -7,8 +7,9 @@ Which back end runs a segment depends on lengths the host knows, dtype and devic
 - elsewhere, and under a softcap: `scaled_dot_product_attention` or the formula itself, segment by segment in blocks of
   query rows, so that no [T, T] tensor exists.
 cuDNN builds a plan for every new length (0.2 s on a Hopper GPU), and lengths never repeat in RL: a long document is
-padded at its end to a multiple of 512, which under a causal mask no real query sees. Its backward pass and flash's are
-not bitwise repeatable on a GPU.
+padded at its end to a multiple of 512, which under a causal mask no real query sees; for one that has a bin to itself
+the policy adds those rows to the bin (`spare_rows`), which saves the copies. Its backward pass and flash's are not
+bitwise repeatable on a GPU.
 
 `PackedAttention` puts this into any transformers model that looks its attention up by name: under a name without a
 mask-registry entry the model builds no mask at all. The name is set while our own forward or recomputation runs and is
@@ -57,7 +58,8 @@ def packed_attention(
     """[T, Hq, D] attention of one bin.
 
     Args:
-        query: [T, Hq, D]; key, value: [T, Hk, D], Hq a multiple of Hk.
+        query: [T, Hq, D]; key, value: [T, Hk, D], Hq a multiple of Hk. A bin of one segment may have further rows
+            (`spare_rows`); theirs in the result mean nothing.
         segments: on the same device.
         scale: what q·k is multiplied by.
         window: a row sees itself and the window − 1 rows before it; None: all.
@@ -66,18 +68,20 @@ def packed_attention(
     """
     if window is not None and window >= max(segments.key_lengths):
         window = None
-    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None
-    if not flash:
+    if softcap is not None or not _on_tensor_cores(query):
         return _by_segment(query, key, value, segments, partial(_attend, scale=scale, window=window, softcap=softcap))
     if segments.key_index is not None:
         return _flash(query, key, value, segments, scale, window)
     long = window is None and query.shape[-1] <= CUDNN_MAX_HEAD_DIM
     runs = _runs(segments.lengths, CUDNN_FROM if long else max(segments.lengths) + 1)
-    if len(runs) == 1:
-        alone = runs[0][2]
-        if not alone:
-            return _flash(query, key, value, segments, scale, window)
+    if len(runs) == 1 and runs[0][2]:
         return _cudnn(query, key, value, scale, keeper)
+    total = sum(segments.lengths)
+    if query.shape[0] > total:  # flash would leave the gradient of the further rows unwritten
+        out = packed_attention(query[:total], key[:total], value[:total], segments, scale=scale, window=window)
+        return F.pad(out, (0, 0, 0, 0, 0, query.shape[0] - total))
+    if len(runs) == 1:
+        return _flash(query, key, value, segments, scale, window)
     sizes = [sum(segments.lengths[first:last]) for first, last, _ in runs]
     outputs = []
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
@@ -89,6 +93,19 @@ def packed_attention(
             piece = Segments(segments.lengths[first:last], ((0, 0),) * (last - first), bounds - bounds[0])
             outputs.append(_flash(q, k, v, piece, scale, window))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def spare_rows(segments: Segments, like: Tensor) -> int:
+    """Rows to add to a bin of one long document, so that its cuDNN call takes the bin as it is; else 0.
+
+    `like` is any tensor on the model's device in its dtype.
+    """
+    alone = len(segments.lengths) == 1 and segments.lengths[0] >= CUDNN_FROM
+    return -segments.lengths[0] % CUDNN_MULTIPLE if alone and _on_tensor_cores(like) else 0
+
+
+def _on_tensor_cores(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _runs(lengths: tuple[int, ...], long: int) -> list[tuple[int, int, bool]]:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from grpo.model.host_arena import HostArena, Lease
 
@@ -216,9 +217,9 @@ class _Checkpoint(torch.autograd.Function):
         hidden = hidden.detach().requires_grad_(ctx.hidden_requires_grad)
         call.recomputing = True
         with torch.enable_grad(), ctx.autocast(), call.randomness.again(), call.owner.context():
-            output = call.hidden_states(hidden)
+            output = get_gradient_edge(call.hidden_states(hidden))  # the graph alone: nobody reads the value again
         inputs = [*([hidden] if ctx.hidden_requires_grad else []), *saved]
-        found = list(torch.autograd.grad(output, inputs, gradients[0], allow_unused=True))
+        found = list(torch.autograd.grad([output], inputs, [gradients[0]], allow_unused=True))
         hidden_gradient = found.pop(0) if ctx.hidden_requires_grad else None
         return None, None, hidden_gradient, *found
 

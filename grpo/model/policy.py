@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.batch import Segments, TokenBatch
 from grpo.errors import InputError
 from grpo.kernels import TokenLogprobs, resolve_backend, token_logprobs
 from grpo.model.adapter import adapter_off, base_of, is_adapted
-from grpo.model.attention import PackedAttention
+from grpo.model.attention import PackedAttention, spare_rows
 from grpo.model.offload import Checkpointer
 from grpo.model.surgery import Surgery, patch, unpatch
 from grpo.packing import segments
@@ -101,7 +102,8 @@ class Policy:
         self.packs = self._probe_packing()
         self._reference: Any = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
         self.checkpointer: Checkpointer | None = None
-        layers = checkpointable_layers(self.backbone) if self.causal_lm.supports_gradient_checkpointing else []
+        self.layers = checkpointable_layers(self.backbone)
+        layers = self.layers if self.causal_lm.supports_gradient_checkpointing else []
         self.lacks_checkpointing = activation_checkpointing != "none" and not layers
         if activation_checkpointing != "none" and layers:
             self.checkpointer = Checkpointer(
@@ -167,9 +169,15 @@ class Policy:
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """[T, H] hidden states of one bin, before the LM head."""
+        return self._rows(batch)[: batch.input_ids.shape[0]]
+
+    def _rows(self, batch: TokenBatch) -> Tensor:
+        """[T, H], and perhaps some rows more that belong to nothing."""
         layout = batch.segments
         if self.packs:
-            return self._backbone(batch.input_ids, batch.positions, layout)
+            spare = spare_rows(layout, self.head.weight)
+            ids, positions = (F.pad(x, (0, spare)) if spare else x for x in (batch.input_ids, batch.positions))
+            return self._backbone(ids, positions, layout)
         if any(count for _, count in layout.prefixes):
             raise InputError("update.share_prompts is true (want false: this architecture cannot share prompts)")
         documents = zip(batch.input_ids.split(layout.lengths), batch.positions.split(layout.lengths), strict=True)
@@ -178,7 +186,7 @@ class Policy:
     def logprobs(self, batch: TokenBatch, temperature: float, return_entropy: Any = False) -> TokenLogprobs:
         """Log-probs [N] (float32) of the scored tokens of a bin; differentiable outside `torch.no_grad()`."""
         with self.checkpointer.tail() if self.checkpointer else nullcontext():
-            hidden = self.hidden_states(batch).index_select(0, batch.scored_index)
+            hidden = self._rows(batch).index_select(0, batch.scored_index)
             return token_logprobs(
                 hidden,
                 self.head.weight,

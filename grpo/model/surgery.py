@@ -59,6 +59,7 @@ class Surgery:
     """What was changed in one model, and the way back."""
 
     changes: list[Change] = field(default_factory=list)
+    whole: set[str] = field(default_factory=set)  # paths of MLPs and attentions that are fused from end to end
     _patched: list[nn.Module] = field(default_factory=list)
 
     def restore(self) -> None:
@@ -67,9 +68,13 @@ class Surgery:
             del module.forward, module._fused
         self._patched.clear()
 
-    def admit(self, path: str, module: nn.Module, what: str, forward: Callable[..., Any], error: float) -> None:
+    def admit(
+        self, path: str, module: nn.Module, what: str, forward: Callable[..., Any], error: float, *, whole: bool = False
+    ) -> None:
         """Install `forward` if it came within the tolerance of the stock one; list it either way."""
         done = error <= TOLERANCE[_dtype(module)]
+        if done and whole:
+            self.whole.add(path)
         if done:
             module.forward = forward
             module._fused = self  # type: ignore[assignment]
@@ -278,7 +283,7 @@ def _patch_mlp(surgery: Surgery, path: str, module: Any, how: _MLP) -> None:
     except (TypeError, ValueError, RuntimeError) as problem:
         surgery.leave(path, module, clip(problem))
         return
-    surgery.admit(path, module, what, forward, error)
+    surgery.admit(path, module, what, forward, error, whole=not isinstance(fused, str))
 
 
 def _glu_forward(module: Any, activation: Activation, x: Tensor) -> Tensor:
@@ -386,7 +391,7 @@ def _patch_attention(
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as problem:
         surgery.leave(path, module, clip(problem))
         return
-    surgery.admit(path, module, what, forward, error)
+    surgery.admit(path, module, what, forward, error, whole=True)
 
 
 def _attention_forward(

@@ -6,14 +6,14 @@ Left out: the run itself. Nothing here is kept; the trainer owns the parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
 from grpo.batch import Prompt
-from grpo.config import GRPOConfig, RunConfig
+from grpo.config import GRPOConfig, RunConfig, UpdateConfig
 from grpo.data import PromptStream, build_prompts, load_table
 from grpo.errors import InputError
 from grpo.model.adapter import add_adapter, is_adapted
@@ -119,15 +119,39 @@ def build_policy(config: RunConfig, model: Any, peft_config: Any, *, keep_refere
         module = add_adapter(module, adapter)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError("the model has no parameter to train (all are frozen; want an adapter section)")
-    return Policy(
+    policy = Policy(
         module,
         keep_reference=keep_reference and not is_adapted(module),
         activation_checkpointing=config.update.activation_checkpointing,
         chunk_mb=config.update.logprob_chunk_mb,
-        fused_kernels=config.update.fused_kernels,
+        fused_kernels=bool(config.update.fused_kernels),
         keep_attention=config.update.keep_attention,
         tiled_mlp=config.update.tiled_mlp,
     )
+    if problems := [*_unsupported(config.update, policy)]:
+        raise InputError(*problems)
+    return policy
+
+
+def _unsupported(update: UpdateConfig, policy: Policy) -> Iterator[str]:
+    """What was asked for and this model cannot do, one line each."""
+    if update.share_prompts and not policy.packs:
+        yield "update.share_prompts is true (want false: this architecture does not keep packed documents apart)"
+    surgery = policy.surgery
+    if update.fused_kernels is True and surgery is not None:
+        left = next((change for change in surgery.changes if not change.done), None)
+        if left is not None:
+            yield f"update.fused_kernels is true (want auto: {left.path} is left alone: {left.what})"
+        elif not surgery.changes:
+            yield "update.fused_kernels is true (want auto: nothing in this architecture is of a known form)"
+    num_layers = len(policy.layers)
+    for knob, asked, part in (
+        ("update.tiled_mlp", update.tiled_mlp, "mlp"),
+        ("update.keep_attention", update.keep_attention, "self_attn"),
+    ):
+        found = sum(path.endswith(part) for path in surgery.whole) if surgery else 0
+        if asked and found < num_layers:
+            yield f"{knob} is true (want false: {found} of {num_layers} layers have one that is fused from end to end)"
 
 
 def _given(passed: Any, configured: Any, field: str) -> Any:

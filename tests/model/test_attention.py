@@ -9,7 +9,7 @@ import torch
 from grpo.model import attention
 from grpo.model.attention import NAME, PackedAttention, packed_attention
 from grpo.model.policy import Policy
-from grpo.packing import segments
+from grpo.packing import Document, pack_documents, segments
 from tests.tiny import tiny_model
 from tests.tolerances import PACKING, relative_error
 
@@ -130,6 +130,56 @@ def test_no_square_of_the_bin_is_ever_allocated():
             packed_attention(*inputs, layout, scale=0.4)
         largest.append(max(sizes))
     assert largest[1] <= 4 * largest[0]
+
+
+@pytest.mark.parametrize("length", [19, 24])
+def test_rows_added_for_a_long_document_change_nothing(length, monkeypatch):
+    """The way of a GPU's long document, with plain attention in cuDNN's place."""
+    seen = []
+
+    def cudnn(query, key, value, scale, keeper):
+        seen.append(query.shape[0])
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    batch = pack_documents([Document(0, list(range(2, 7)), list(range(7, 7 + length - 4)))], 100)[0]
+    assert batch.input_ids.shape[0] == length
+    policy = Policy(tiny_model("qwen3").double())
+
+    def run():
+        policy.module.zero_grad()
+        logprobs = policy.logprobs(batch, 1.0).logprobs
+        logprobs.sum().backward()
+        return logprobs.detach(), [p.grad.clone() for p in policy.trainable().values()]
+
+    wanted, gradients = run()
+    hidden = policy.hidden_states(batch)
+    monkeypatch.setattr(attention, "_on_tensor_cores", lambda _: True)
+    monkeypatch.setattr(attention, "_cudnn", cudnn)
+    monkeypatch.setattr(attention, "CUDNN_FROM", 16)
+    monkeypatch.setattr(attention, "CUDNN_MULTIPLE", 8)
+    found, other = run()
+    assert seen == [24] * len(policy.backbone.layers)
+    assert relative_error(found, wanted) < 1e-12
+    for a, b in zip(other, gradients, strict=True):
+        assert relative_error(a, b) < 1e-12
+    assert relative_error(policy.hidden_states(batch), hidden) < 1e-12
+
+
+def test_further_rows_are_kept_out_of_the_flash_call(monkeypatch):
+    def flash(query, key, value, layout, scale, window):
+        return slow(query, key, value, layout, scale=scale, window=window)
+
+    monkeypatch.setattr(attention, "_on_tensor_cores", lambda _: True)
+    monkeypatch.setattr(attention, "_flash", flash)
+    layout, inputs = segments([9]), heads(12)
+    out = packed_attention(*inputs, layout, scale=0.4, window=4)
+    wanted = slow(*(x[:9] for x in inputs), layout, scale=0.4, window=4)
+    assert out.shape == inputs[0].shape
+    assert relative_error(out[:9].detach(), wanted.detach()) < PACKING["float64"]
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert not gradient[9:].any()
 
 
 @pytest.mark.gpu

@@ -4,9 +4,13 @@ import copy
 
 import pytest
 import torch
+import transformers
 
+from grpo.config import GRPOConfig
+from grpo.errors import InputError
 from grpo.model.policy import Policy
 from grpo.model.surgery import _unread_mlps, patch
+from grpo.trainer.build import build_policy
 from tests.model.test_offload import adapted, bins, gradients
 from tests.tiny import tiny_gpt2, tiny_model
 from tests.tolerances import relative_error
@@ -273,3 +277,62 @@ def test_a_recomputation_leaves_the_down_projection_out(monkeypatch):
     gradients(policy, bins(1))
     layers = len(policy.backbone.layers)
     assert asked == [False] * layers + [True] * layers
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "line"),
+    [
+        (tiny_gpt2, {"fused_kernels": True}, "update.fused_kernels is true (want auto: nothing in this architecture"),
+        (
+            lambda: tiny_model("cohere"),
+            {"fused_kernels": True},
+            "update.fused_kernels is true (want auto: model.layers",
+        ),
+        (lambda: tiny_mamba(), {"share_prompts": True}, "update.share_prompts is true (want false"),
+        (lambda: tiny_moe(), {"tiled_mlp": True}, "update.tiled_mlp is true (want false: 0 of 2 layers"),
+        (tiny_gpt2, {"keep_attention": True, "activation_checkpointing": "offload"}, "update.keep_attention is true"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_by_its_knob(make, options, line):
+    adapter = {"r": 2} if "tiled_mlp" in options else None
+    config = GRPOConfig(update=options, adapter=adapter)
+    with pytest.raises(InputError) as error:
+        build_policy(config, make(), None)
+    assert line in str(error.value), error.value
+    assert "\n" not in str(error.value)
+
+
+def tiny_mamba():
+    torch.manual_seed(0)
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)
+    )
+
+
+def tiny_moe():
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def test_a_mixture_of_experts_keeps_its_experts_and_gives_the_same():
+    batch = bins()
+    results = [
+        gradients(Policy(tiny_moe(), fused_kernels=fused, activation_checkpointing="recompute"), batch)
+        for fused in (False, True)
+    ]
+    for name, wanted in results[0].items():
+        assert relative_error(results[1][name], wanted) < 1e-4, name
