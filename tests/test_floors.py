@@ -40,8 +40,9 @@ DOORS = {
     "triton": ["grpo.kernels.*_triton"],
 }
 TALKERS = ["grpo.cli", "grpo.__main__", "grpo.demo"]
-# reward_isolation compares the environment before and after a reward; it takes no value from it.
-ENVIRONMENT_READERS = [*TALKERS, "grpo.reward_isolation"]
+# reward_isolation compares the environment before and after a reward; it takes no value from it. rewards.worker hands
+# an allowlist of it on to its processes.
+ENVIRONMENT_READERS = [*TALKERS, "grpo.reward_isolation", "rewards.worker"]
 PRINTERS = [*TALKERS, "grpo.trainer.metrics", "grpo.trainer.console"]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 
