@@ -1,6 +1,6 @@
 """The worker's side of a pool: `python -m rewards.worker_main REQUEST_FD REPLY_FD`. Imports once, then answers.
 
-The first frame says what to be: {"target", "init", "warmup", "memory_mb", "parent"}; the answer to it, id "ready", comes
+The first frame says what to be: {"target", "init", "warmup", "memory_mb", "parent"}; the answer, id "ready", comes
 when the target is imported and warm. Left out: anything that protects against deliberate attacks on the machine;
 what runs here is the user's own function, and the pool's kill is what bounds it.
 """

@@ -1,6 +1,5 @@
 """Workers: right answers, every way of misbehaving ends in its own error, and nothing is left behind."""
 
-import os
 import subprocess
 import sys
 import tempfile
