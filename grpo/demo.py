@@ -20,8 +20,7 @@ from grpo.errors import InputError
 
 NUM_EVAL = 512
 DIGITS = 6
-# On a CPU the attention of a packed bin costs its length squared; memory is no concern at this size.
-SMALL_BINS = {"activation_checkpointing": "none", "max_tokens_per_batch": 512}
+NO_SAVINGS = {"activation_checkpointing": "none"}  # memory is no concern at this size
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
@@ -122,7 +121,7 @@ def warm_start_config(seed: int, folder: Path) -> SFTConfig:
         examples_per_step=64,
         learning_rate=2e-3,
         max_completion_length=16,
-        update=SMALL_BINS,
+        update=NO_SAVINGS,
         checkpoint={"every_steps": 0},
     )
 
@@ -144,7 +143,7 @@ def grpo_config(seed: int, folder: Path, reward_weights: list[float]) -> GRPOCon
             "warmup_ratio": 0.05,
             "min_lr_ratio": 0.1,
         },
-        update=SMALL_BINS,
+        update=NO_SAVINGS,
         evaluation={"every_steps": 40},
         checkpoint={"every_steps": 0},
         logging={"rollouts_every_steps": 20},

@@ -31,7 +31,7 @@ from profiling.kernel_cases import EAGER, Case, Method, Reference, cases, method
 from profiling.measure import GIB, device_slug, environment, measure
 
 HERE = Path(__file__).parent
-MARKERS = ("<!-- kernels:begin -->", "<!-- kernels:end -->")
+MARKERS = ("<!-- kernels: begin -->", "<!-- kernels: end -->")
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

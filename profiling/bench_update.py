@@ -492,23 +492,27 @@ HEADER = (
 
 
 def table(data: dict[str, Any]) -> str:
-    """Markdown of one results file."""
-    env = data["environment"]
-    lines = [f"{env['device']}, torch {env['torch']}, commit {env['commit']}, {env['date']}: `{env['command']}`", ""]
-    lines.append(HEADER)
+    """Markdown of one results file: each case with the command that gave it."""
+    lines = []
     for name, entry in data["cases"].items():
+        lines += ["", _origin(entry["environment"]), "", HEADER]
         lines += [line(name, found, entry.get("gradient_errors", {})) for found in entry["rows"]]
         stock = entry.get("gradient_errors", {}).get("stock layers, no savings")
         if stock is not None:
             lines.append(f"| {name} | stock layers, no savings |  |  |  |  |  | {stock:.1e} |")
-    if data.get("longest"):
-        lines += ["", "| card GB | tokens | seconds | peak GiB | pinned host GiB |", "|---" * 5 + "|"]
+    for entry in data["longest"]:
+        lines += ["", _origin(entry["environment"]), ""]
+        lines += ["| card GB | tokens | seconds | peak GiB | reserved GiB | pinned host GiB |", "|---" * 6 + "|"]
         lines += [
-            f"| {r['card_gb']} | {r['tokens']:,} | {r.get('seconds', 'does not fit')} | {r.get('peak_gib', '')} "
-            f"| {r.get('pinned_gib', '')} |"
-            for r in data["longest"]
+            f"| {r['card_gb']:g} | {r['tokens']:,} | {r.get('seconds', 'does not fit')} | {r.get('peak_gib', '')} "
+            f"| {r.get('reserved_gib', '')} | {r.get('pinned_gib', '')} |"
+            for r in entry["rows"]
         ]
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
+
+
+def _origin(env: dict[str, Any]) -> str:
+    return f"{env['device']}, torch {env['torch']}, commit {env['commit'][:12]}, {env['date']}: `{env['command']}`"
 
 
 def write_table(readme: Path = HERE / "README.md") -> None:
@@ -538,12 +542,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     device = torch.device(given.device)
     out = given.out or HERE / "results" / device_slug(given.device) / "update.json"
-    data: dict[str, Any] = {"environment": environment(given.device, given.commit), "cases": {}, "longest": []}
+    env = environment(given.device, given.commit)
+    data: dict[str, Any] = {"cases": {}, "longest": []}
     if given.update and out.exists():
-        data |= {k: v for k, v in json.loads(out.read_text()).items() if k != "environment"}
+        data |= json.loads(out.read_text())
     for gigabytes in given.longest or []:
         case = next(c for c in CASES if c.four_bit)
-        data["longest"] += longest(case, gigabytes, given.tokens or [], device)
+        data["longest"].append({"environment": env, "rows": longest(case, gigabytes, given.tokens or [], device)})
         _write(out, data)
     chosen = (
         []
@@ -551,7 +556,7 @@ def main(arguments: list[str] | None = None) -> None:
         else [c for c in (TOY if given.toy else CASES) if not given.case or c.name in given.case]
     )
     for case in chosen:
-        kept = data["cases"].setdefault(case.name, {"rows": []})["rows"]
+        data["cases"][case.name] = {"environment": env, "rows": (kept := [])}
         methods = [m for m in METHODS if not given.only or m.name in given.only]
         for found in rows(case, methods, device, given.seconds):
             kept.append(found)

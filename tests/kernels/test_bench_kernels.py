@@ -81,9 +81,9 @@ def test_the_table_follows_from_the_json(results, tmp_path, capsys):
         (line,) = [x for x in text.splitlines() if x.startswith("| ours, torch |") and f"| {ours:.4g} (" in x]
         assert f"| {eager / ours:.2f} |" in line
     readme = tmp_path / "README.md"
-    readme.write_text("a <!-- kernels:begin -->old<!-- kernels:end --> z")
+    readme.write_text("a <!-- kernels: begin -->old<!-- kernels: end --> z")
     bench_kernels.write_table(readme, folder)
-    assert readme.read_text() == f"a <!-- kernels:begin -->\n{text}<!-- kernels:end --> z"
+    assert readme.read_text() == f"a <!-- kernels: begin -->\n{text}<!-- kernels: end --> z"
     readme.write_text("no markers")
     capsys.readouterr()
     bench_kernels.write_table(readme, folder)
