@@ -10,15 +10,11 @@ from grpo.config import OptimizerConfig
 from grpo.errors import InputError
 from grpo.optim import Schedule, load_optimizer_state, make_optimizer, optimizer_state, state_bytes
 from grpo.trainer.tensor_file import file_chunks, read_tensors, write_file
-from tests.tolerances import relative_error
+from tests.tolerances import EXACT_STEP, SECOND_8BIT, STATE_8BIT, UPDATES_8BIT, relative_error
 from tests.trainer.test_resume import differences, final_state, make, run_until
 
 ON_CPU = ["adamw", "adamw_8bit"]
 PAGED = ["paged_adamw", "paged_adamw_8bit"]
-EXACT_STEP = 1e-6  # float32 update from a state that was not rounded yet, relative to the update
-STATE_8BIT = 0.04  # first moment, dynamic 8-bit code with one scale for 256 elements, relative
-SECOND_8BIT = 0.02  # second moment, likewise
-UPDATES_8BIT = 0.05  # sum of ten 8-bit updates, relative
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])

@@ -8,16 +8,11 @@ from transformers.activations import ACT2FN
 
 from grpo.kernels import rows
 from grpo.kernels.glu import ACTIVATIONS, glu, glu_backward_, glu_forward
+from tests.tolerances import GLU, by_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-# (relative, absolute) per element. Sixteen bits: one step, since the interpreter truncates where the device rounds.
-TOLERANCE = {
-    torch.float64: (1e-12, 1e-13),
-    torch.float32: (1e-5, 5e-6),
-    torch.bfloat16: (2**-7, 1e-5),
-    torch.float16: (2**-10, 1e-5),
-}
+TOLERANCE = by_dtype(GLU)
 NAME_IN_TRANSFORMERS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 

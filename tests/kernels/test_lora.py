@@ -16,13 +16,12 @@ from grpo.kernels.lora import LoRALinear, lora_linear, lora_qkv
 from grpo.kernels.lora_mlp import lora_mlp
 from grpo.kernels.nf4 import SCRATCH, dequantize
 from tests.kernels.test_nf4 import random_weight
-from tests.tolerances import relative_error
+from tests.tolerances import LORA_GRADIENT, LORA_VALUE, by_dtype, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 FLOAT64, FLOAT32, BFLOAT16 = torch.float64, torch.float32, torch.bfloat16
-VALUE = {FLOAT64: 1e-10, FLOAT32: 2e-6, BFLOAT16: 6e-3}  # relative, vs float64
-GRADIENT = {FLOAT64: 1e-10, FLOAT32: 5e-6, BFLOAT16: 2e-2}
+VALUE, GRADIENT = by_dtype(LORA_VALUE), by_dtype(LORA_GRADIENT)
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda e: F.gelu(e, approximate="tanh")}
 DTYPES = [(FLOAT64, FLOAT64), (FLOAT32, FLOAT32), (FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32), (BFLOAT16, BFLOAT16)]
 

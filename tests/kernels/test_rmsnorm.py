@@ -7,19 +7,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from grpo.kernels import rows
 from grpo.kernels.rmsnorm import rmsnorm
-from tests.tolerances import relative_error
+from tests.tolerances import RMSNORM, by_dtype, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 EPS = 1e-5
-# (relative, absolute in units of the largest value). Sixteen bits: a step each for x̂ and the product, since the
-# interpreter truncates where the device rounds.
-TOLERANCE = {
-    torch.float64: (1e-11, 1e-12),
-    torch.float32: (1e-5, 2e-6),
-    torch.bfloat16: (2**-6, 2e-6),
-    torch.float16: (2**-9, 2e-6),
-}
+TOLERANCE = by_dtype(RMSNORM)
 WIDTHS = [8, 64, 96, 100, 257, 1000]
 ORDERS = [pytest.param(False, id="llama"), pytest.param(True, id="gemma")]
 

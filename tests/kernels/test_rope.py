@@ -6,16 +6,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from grpo.kernels import rows
 from grpo.kernels.rope import rope, rotate
+from tests.tolerances import ROPE, by_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-# (relative, absolute in units of the largest value). Sixteen bits: one step; the interpreter truncates.
-TOLERANCE = {
-    torch.float64: (1e-12, 1e-13),
-    torch.float32: (1e-5, 5e-7),
-    torch.bfloat16: (2**-7, 1e-6),
-    torch.float16: (2**-10, 1e-6),
-}
+TOLERANCE = by_dtype(ROPE)
 
 
 def angles(tokens, width, device, dtype=torch.float32):

@@ -18,15 +18,13 @@ from grpo.model import load
 from grpo.model.adapter import LoRAParts, adapter_off, adapters_disabled, add_adapter, lora_parts
 from grpo.model.load import load_model
 from tests.tiny import tiny_gpt2, tiny_model
-from tests.tolerances import relative_error
+from tests.tolerances import FORMULA, SCALE_ERROR, relative_error
 
 NF4_CODE = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
      0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
 )  # fmt: skip
 WIDEST_GAP = 0.3038072  # between the two lowest codes
-SCALE_ERROR = 0.05  # of the 8-bit scales, relative to their largest deviation from the mean in 256 of them
-FORMULA = 1e-6  # float32 projection against the formula, relative
 
 
 def families_of_lora(**changes):

@@ -13,10 +13,8 @@ from grpo.model.surgery import _unread_mlps, patch
 from grpo.trainer.build import build_policy
 from tests.model.test_offload import adapted, bins, gradients
 from tests.tiny import tiny_gpt2, tiny_model
-from tests.tolerances import relative_error
+from tests.tolerances import FUSED, relative_error
 
-# Stock norms and rotations are float32 in a float64 model too, and so is their eager softmax.
-FUSED = {"float64": 2e-5, "float32": 2e-5}
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 EAGER = {"gemma2": {"attn_implementation": "eager"}}
 
