@@ -5,6 +5,7 @@ Left out: merging during training. The base is never rewritten then; only a save
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ def add_adapter(model: nn.Module, config: AdapterConfig | Any) -> nn.Module:
         )
     try:
         # peft's own rule, fp32 over a half-precision base, belongs to the user's own configuration
-        adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=dtype is None)
+        with warnings.catch_warnings():
+            # peft asks for a name that transformers has renamed; the user can do nothing about it
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=dtype is None)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {clip(error, 200)}") from error
     if dtype is not None:

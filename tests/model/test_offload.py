@@ -91,6 +91,29 @@ def test_layers_run_twice_under_checkpointing_and_once_without_gradient():
     assert len(counts) == len(policy.backbone.layers)
 
 
+def test_scoring_in_between_leaves_checkpointing_on():
+    """Layers run once while scoring and twice again afterwards."""
+    policy, counts = Policy(adapted(), activation_checkpointing="offload"), []
+    for layer in policy.backbone.layers:
+        layer.mlp.register_forward_hook(lambda *_: counts.append(1))
+    layers = len(policy.backbone.layers)
+    for _ in range(2):
+        gradients(policy, bins(1))
+        assert len(counts) == 2 * layers
+        counts.clear()
+        with policy.reference() as reference:
+            reference.logprobs(bins(1)[0], 1.0)
+        with policy.evaluating(), torch.no_grad():
+            policy.logprobs(bins(1)[0], 1.0)
+        assert len(counts) == 2 * layers
+        counts.clear()
+
+
+def test_offload_says_so_where_there_is_nothing_to_offload_to():
+    assert any("offload: on cpu" in line for line in Policy(tiny_model(), activation_checkpointing="offload").notes())
+    assert not any("offload" in line for line in Policy(tiny_model(), activation_checkpointing="recompute").notes())
+
+
 def test_graphs_may_be_in_flight_together_and_finish_in_any_order():
     batches = bins(6)
     wanted = gradients(Policy(adapted()), batches)
