@@ -158,7 +158,7 @@ class Policy:
                 "fused kernels: nothing in this architecture is of a known form (it runs as it is)"
             ]
         if self.checkpointer is not None and self.checkpointer.mode == "offload" and self.device.type != "cuda":
-            lines.append(f"offload: on {self.device} layer inputs stay in its memory (there is no other to send them to)")
+            lines.append(f"offload: on {self.device} layer inputs stay where they are (there is no other memory)")
         if self.lacks_checkpointing:
             lines.append("this architecture has no activation checkpointing: every layer's activations are kept")
         if not self.packs:
