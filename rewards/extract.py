@@ -1,7 +1,7 @@
 r"""Extractors: where in a completion the answer stands. They judge nothing; scorers do.
 
 All of them run in time linear in the text, whatever the text is, and return None when there is no answer there.
-Left out: fenced code blocks and JSON (with the code and schema rewards, later).
+Fenced code and JSON stand in blocks.py. Left out: NFKC, which turns 5² into 52 (digits of other scripts are read).
 """
 
 from __future__ import annotations
@@ -78,6 +78,25 @@ def xml_tag(text: str, tag: str) -> str | None:
         return None
     start, end = text.index(opening) + len(opening), text.index(closing)
     return text[start:end].strip() if start <= end else None
+
+
+def answer_part(text: str) -> tuple[str, bool]:
+    """Where the answer of a completion may stand, and whether a tag delimits it.
+
+    After the last `</think>`; inside `<answer>` where that tag is used, of which there may be one. Two answer blocks,
+    or reasoning that never ended, leave nothing: ("", True).
+
+    >>> answer_part("hm</think> 8"), answer_part("<think>hm</think> <answer>8</answer>, done"), answer_part("8")
+    ((' 8', True), ('8', True), ('8', False))
+    >>> answer_part("<answer>7</answer><answer>8</answer>"), answer_part("<think>8")
+    (('', True), ('', True))
+    """
+    region = after_think(text)
+    if region is None:
+        return "", True
+    if "<answer>" in region or "</answer>" in region:
+        return xml_tag(region, "answer") or "", True
+    return region, len(region) < len(text)
 
 
 class _Box(NamedTuple):

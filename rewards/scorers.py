@@ -3,7 +3,7 @@ r"""Scorers: 1.0 for a right answer, 0.0 for a wrong or missing one, None where 
 A number is read exactly, as a Fraction, by one small grammar with bounds: no eval, no float rounding, no symbolic
 algebra. `72.`, `1,234.00`, `.5`, `-3/4`, `1 1/2`, `\frac{3}{4}`, `2.5e3`, `$12` and `50%` are numbers; `72 cm`,
 `1,5` and `2^{10}` are not.
-Left out: symbolic equality (math-verify in a killable worker), units, sets and intervals: all of it later.
+Left out: symbolic equality, units, sets and intervals (math_equality.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal
 
-from rewards.extract import after_think, all_boxed, hash_answer, last_number, plain_digits, readable, xml_tag
+from rewards.extract import after_think, all_boxed, answer_part, hash_answer, last_number, plain_digits, readable
 
 Percent = Literal["ratio", "points"]
 
@@ -156,12 +156,7 @@ def find_answer(text: str, percent: Percent = "ratio") -> tuple[str | None, int]
     >>> find_answer(r"first \boxed{70}, better \boxed{72}"), find_answer(r"</think> \boxed{70}, or \boxed{72}")
     (('72', 2), (None, 2))
     """
-    region = after_think(text)
-    if region is None:
-        return None, 0
-    delimited = len(region) < len(text)
-    if "<answer>" in region or "</answer>" in region:
-        region, delimited = xml_tag(region, "answer") or "", True
+    region, delimited = answer_part(text)
     boxes = all_boxed(region)
     if boxes:
         marked = boxes[-1] if not delimited or len(set(boxes)) == 1 else None
