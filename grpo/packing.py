@@ -17,6 +17,7 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -167,6 +168,54 @@ def pack(
         groups += counted > 0
         packed += _divided(group, tokens_per_batch) if share_prompts else [[document] for document in group]
     return _pack_items(packed, tokens_per_batch), Totals(tokens, sequences, groups)
+
+
+def smaller_bins(batches: Sequence[TokenBatch], tokens_per_batch: int) -> list[TokenBatch]:
+    """The same documents in bins of at most `tokens_per_batch` rows, for a device that the bins do not fit.
+
+    A bin that is small enough stays as it is. In one that is not each document gets its own prompt again; one that is
+    longer than the limit stands alone. The gradient of a step does not depend on any of this.
+    """
+    found: list[TokenBatch] = []
+    for batch in batches:
+        if sum(batch.segments.lengths) <= tokens_per_batch:
+            found.append(batch)
+            continue
+        rows = _rows_of_documents(batch)
+        for documents in balanced_bins([len(index) for index in rows], tokens_per_batch):
+            found.append(_of_documents(batch, sorted(documents), rows))
+    return found
+
+
+_PER_ROW = (
+    "input_ids", "targets", "positions", "loss_mask", "advantages", "sampler_logprobs", "old_logprobs",
+    "reference_logprobs",
+)  # fmt: skip
+
+
+def _rows_of_documents(batch: TokenBatch) -> list[torch.Tensor]:
+    """Rows of each document of a bin: its shared prefix, if it has one, and its own."""
+    starts = itertools.accumulate(batch.segments.lengths, initial=0)
+    rows = []
+    for start, length, (first, count) in zip(starts, batch.segments.lengths, batch.segments.prefixes, strict=False):
+        if batch.loss_mask[start : start + length].any():  # else it is a prefix
+            rows.append(torch.cat([torch.arange(first, first + count), torch.arange(start, start + length)]))
+    return rows
+
+
+def _of_documents(batch: TokenBatch, documents: Sequence[int], rows: Sequence[torch.Tensor]) -> TokenBatch:
+    index = torch.cat([rows[d] for d in documents])
+    columns: dict[str, Any] = {
+        name: None if (column := getattr(batch, name)) is None else column.index_select(0, index) for name in _PER_ROW
+    }
+    counts = batch.completion_cu_seqlens.diff()[list(documents)]
+    return TokenBatch(
+        scored_index=columns["loss_mask"].nonzero().squeeze(1),
+        completion_cu_seqlens=torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=counts.dtype)]),
+        row_ids=batch.row_ids[list(documents)],
+        segments=segments([len(rows[d]) for d in documents]),
+        **columns,
+    )
 
 
 def packing_metrics(batches: Sequence[TokenBatch]) -> dict[str, float]:

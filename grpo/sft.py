@@ -62,7 +62,10 @@ class SFTTrainer(BaseTrainer):
         with self.phase("pack"):
             batches, totals = self._pack(self.data.take(self.config.examples_per_step))
         with self.phase("update"):
-            result = optimizer_step(self.policy, self.optimizer, self.schedule, batches, totals, self._batch_loss)
+            result = self._within_memory(
+                batches,
+                lambda bins: optimizer_step(self.policy, self.optimizer, self.schedule, bins, totals, self._batch_loss),
+            )
         tokens = sum(batch.input_ids.numel() for batch in batches)
         self.num_tokens += tokens
         faults = {f"{index}/input_ids": batch.input_ids for index, batch in enumerate(batches)}
@@ -90,7 +93,7 @@ class SFTTrainer(BaseTrainer):
             for place, example in enumerate(examples)
         ]
         tokens = sum(len(document.completion_ids) for document in documents)
-        batches = pack_documents(documents, self.config.update.max_tokens_per_batch)
+        batches = pack_documents(documents, self.tokens_per_bin)
         return batches, Totals(tokens, len(documents), len(documents))
 
     def _batch_loss(self, batch: TokenBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -6,26 +6,29 @@ last step boundary, so that it can be saved there, or train again. Left out: wha
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from grpo.batch import TokenBatch
 from grpo.config import RunConfig
 from grpo.data import PromptStream
 from grpo.errors import InputError, RunError, clip
 from grpo.ledger import Ledger
 from grpo.model.policy import Policy
 from grpo.optim import Schedule, make_optimizer
+from grpo.packing import smaller_bins
 from grpo.trainer.checkpoint import SaveError, newest_checkpoint, save_checkpoint
 from grpo.trainer.console import Console, ProgressView
 from grpo.trainer.metrics import RunFolder
@@ -42,6 +45,8 @@ from grpo.trainer.state import (
 from grpo.trainer.update import StepResult
 
 MAX_NONFINITE_IN_A_ROW = 3
+MAX_HALVINGS = 3  # of the bins, in one step that does not fit
+Result = TypeVar("Result")
 # Knobs that change what is written or shown, never the trajectory: free to differ on resume.
 _FREE_ON_RESUME = ("output_dir", "logging.", "checkpoint.", "evaluation.", "rollout.max_sequences")
 _MEMORY_KNOBS = {
@@ -77,6 +82,7 @@ class BaseTrainer:
         self.step = 0
         self.num_tokens = 0
         self.nonfinite_in_a_row = 0
+        self.tokens_per_bin = config.update.max_tokens_per_batch  # less once the device ran out of memory
         self.stop_requested = False
         self.first_row: dict[str, float] = {}  # measured before the first step, written into its row
         self._interrupted = False
@@ -194,6 +200,34 @@ class BaseTrainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.ledger.take()
             raise
+
+    def _within_memory(self, batches: list[TokenBatch], run: Callable[[list[TokenBatch]], Result]) -> Result:
+        """`run(batches)`; out of GPU memory the whole optimizer step is done again in bins of half the size.
+
+        Divisors are counts of the step, so the update is the same up to rounding. The smaller size holds for the rest
+        of the run. After `MAX_HALVINGS`, or when the largest bin is one document, the error goes on.
+        """
+        random_state = generators()
+        for turn in range(MAX_HALVINGS + 1):
+            try:
+                return run(batches)
+            except torch.OutOfMemoryError:
+                largest = max(batches, key=lambda batch: sum(batch.segments.lengths), default=None)
+                if turn == MAX_HALVINGS or largest is None or len(largest.row_ids) == 1:
+                    raise
+            # Outside the handler, which holds the frames and with them the graph.
+            self.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+            restore_generators(random_state)
+            self.tokens_per_bin = min(self.tokens_per_bin, sum(largest.segments.lengths)) // 2
+            batches = smaller_bins(batches, self.tokens_per_bin)
+            self.say(
+                f"step {self.step + 1}: out of GPU memory in the update, done again: bins of at most "
+                f"{self.tokens_per_bin} tokens from now on (update.max_tokens_per_batch is "
+                f"{self.config.update.max_tokens_per_batch})"
+            )
+        raise AssertionError("the last turn returns or raises")
 
     def _count(self, result: StepResult, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Close an optimizer step: the counters, and the rule for a non-finite one."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from grpo.algorithm import ADVANTAGE_KNOBS, LOSS_KNOBS, group_advantages, zero_variance_groups
-from grpo.batch import Completion, Prompt, RolloutBuffer, ScoredRollouts
+from grpo.batch import Completion, Prompt, RolloutBuffer, ScoredRollouts, TokenBatch
 from grpo.config import GRPOConfig, objective_knobs
 from grpo.data import encode_prompt, prompt_problem, prompt_text, with_system
 from grpo.errors import InputError, RunError
@@ -36,7 +36,7 @@ from grpo.trainer.shaping import (
     with_token_returns,
 )
 from grpo.trainer.state import Item, common_items, generator_items, rollout_items
-from grpo.trainer.update import add_reference_logprobs, update
+from grpo.trainer.update import StepResult, add_reference_logprobs, update
 
 MAX_EMPTY_IN_A_ROW = 10
 CAUSES: tuple[Literal["all_right", "all_wrong", "all_truncated", "all_invalid"], ...] = (
@@ -103,10 +103,14 @@ class GRPOTrainer(BaseTrainer):
     def _advance(self) -> dict[str, Any]:
         if self.buffer is None:
             self.buffer = self._collect()
+        collected = self.buffer
+
+        def run(batches: list[TokenBatch]) -> tuple[StepResult, RolloutBuffer]:
+            buffer = replace(collected, batches=batches)
+            return update(self.policy, self.optimizer, self.schedule, self.config, self.loss_knobs, buffer)
+
         with self.phase("update"):
-            result, buffer = update(
-                self.policy, self.optimizer, self.schedule, self.config, self.loss_knobs, self.buffer
-            )
+            result, buffer = self._within_memory(collected.batches, run)
         metrics = {**buffer.metrics, **self._count(result, _fault_tensors(buffer))}
         self._check_progress(buffer)
         self.buffer = buffer if buffer.iteration < self.config.objective.num_iterations else None
@@ -125,7 +129,7 @@ class GRPOTrainer(BaseTrainer):
             batches, totals = pack(
                 scored,
                 advantages,
-                config.update.max_tokens_per_batch,
+                self.tokens_per_bin,
                 skip_zero_advantage=self._skips_zero_advantage,
                 share_prompts=config.update.share_prompts,
             )
@@ -186,7 +190,7 @@ class GRPOTrainer(BaseTrainer):
         objective = self.config.objective
         if objective.beta == 0 or objective.kl_in == "loss":
             return None
-        return measure_k1(self.policy, scored, self.config.update.max_tokens_per_batch, self.config.rollout.temperature)
+        return measure_k1(self.policy, scored, self.tokens_per_bin, self.config.rollout.temperature)
 
     def _advantages(self, scored: ScoredRollouts, k1: dict[int, Tensor] | None) -> list[list[float | None]]:
         objective = self.config.objective

@@ -214,6 +214,7 @@ def common_items(weights_file: str) -> list[Item]:
         _attribute("cursor", "data", "consumed"),
         _attribute("num_tokens", "num_tokens"),
         _attribute("nonfinite_in_a_row", "nonfinite_in_a_row"),
+        _attribute("tokens_per_bin", "tokens_per_bin"),
     ]
 
 
