@@ -179,10 +179,10 @@ def test_every_generator_is_needed(tmp_path, part, monkeypatch):
 
 def test_the_list_of_items_above_is_complete(tmp_path):
     names = {item.name for item in make(tmp_path / "run").items()}
-    assert names == {*ITEMS, "nonfinite_in_a_row", "empty_in_a_row"}  # those two: test_counters_survive
+    assert names == {*ITEMS, "nonfinite_in_a_row", "empty_in_a_row", "tokens_per_bin"}  # see test_counters_survive
 
 
-@pytest.mark.parametrize(("name", "value"), [("nonfinite_in_a_row", 2), ("empty_in_a_row", 9)])
+@pytest.mark.parametrize(("name", "value"), [("nonfinite_in_a_row", 2), ("empty_in_a_row", 9), ("tokens_per_bin", 77)])
 def test_counters_survive(tmp_path, name, value):
     first = make(tmp_path / "run")
     setattr(first, name, value)
