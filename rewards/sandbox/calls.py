@@ -6,9 +6,11 @@ Runs beside the code under test: in the child of the supervisor, or inside the p
 
 from __future__ import annotations
 
-from typing import Any
-
 from values import decode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # ---
 

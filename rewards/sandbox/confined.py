@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 import sys
-from collections.abc import Sequence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -185,13 +187,9 @@ class _Program(ctypes.Structure):
 
 def check_architecture() -> None:
     """Raises OSError unless this is 64-bit Linux on x86-64, the one architecture with a table."""
-    if sys.platform != "linux" or platform_machine() != "x86_64" or sys.maxsize < 2**32:
-        raise OSError(f"no seccomp table for {sys.platform} on {platform_machine()} (want linux on x86_64)")
-
-
-def platform_machine() -> str:
-    """The machine's name, as uname(2) gives it."""
-    return os.uname().machine if hasattr(os, "uname") else platform.machine()
+    machine = os.uname().machine
+    if sys.platform != "linux" or machine != "x86_64" or sys.maxsize < 2**32:
+        raise OSError(f"no seccomp table for {sys.platform} on {machine} (want linux on x86_64)")
 
 
 def restrict_calls() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 
 _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
+_SIGCHLD = 17
 _CLONE = {"x86_64": 56, "aarch64": 220}
 
 
@@ -40,7 +40,7 @@ def fork_first() -> int:
         raise OSError(f"clone: unknown number on {os.uname().machine}")
     libc = ctypes.PyDLL(None, use_errno=True)  # PyDLL: no other Python thread may run between these calls
     ctypes.pythonapi.PyOS_BeforeFork()
-    pid = libc.syscall(number, ctypes.c_ulong(_NEW_PID | signal.SIGCHLD), None, None, None, ctypes.c_ulong(0))
+    pid = libc.syscall(number, ctypes.c_ulong(_NEW_PID | _SIGCHLD), None, None, None, ctypes.c_ulong(0))
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
         return 0

@@ -9,7 +9,7 @@ Left out: what is right (`rewards.code`).
 from __future__ import annotations
 
 import contextlib
-import json
+import marshal
 import os
 import secrets
 import select
@@ -29,6 +29,8 @@ from rewards.sandbox.tiers import TIERS, Limits, Outcome, Request, SandboxError
 from rewards.sandbox.values import NotPlainError, loads
 
 _HEADER = struct.Struct(">I")
+_ANSWER = struct.Struct(">BiIII")  # as in runner.py
+_STATUSES = ("ended", "timeout", "output")
 _CHUNK = 1 << 16
 _START_S, _GRACE_S = 20.0, 4.0
 _NOBODY = 65534
@@ -125,23 +127,21 @@ class _Supervisor:
         except SupervisorLostError as error:
             said = self.process.stderr.read(500).decode("utf-8", "replace").strip() if self.process.stderr else ""
             raise SandboxError(f"tier {self.tier}: {said or error}") from error
-        if "error" in answer:
-            raise SandboxError(f"tier {self.tier}: {answer['error']}")
+        if answer:
+            raise SandboxError(f"tier {self.tier}: {answer.decode('utf-8', 'replace')}")
 
     def answer(self, request: Request) -> Outcome:
         """Send one request and read its answer. Raises SupervisorLostError."""
         nonce = secrets.token_bytes(16)
         deadline = time.monotonic() + self.limits.timeout_s + _GRACE_S
         self._send({"stdin": request.stdin, "call": request.call, "nonce": nonce.hex()}, deadline)
-        answer = self._receive(deadline)
-        stdout = answer["stdout"].encode("latin-1").decode("utf-8", "replace")
-        result, stderr = answer["result"].encode("latin-1"), answer["stderr"]
+        status, code, stdout, stderr, result = unpacked(self._receive(deadline))
         if not result.startswith(_STARTED):
-            raise SandboxError(f"tier {self.tier}: a test did not start ({stderr or answer['status']})")
-        if answer["status"] != "ended":
-            return Outcome(answer["status"], stdout, detail=stderr)
-        if answer["code"] != 0:
-            return Outcome("error", stdout, detail=stderr or f"exit code {answer['code']}")
+            raise SandboxError(f"tier {self.tier}: a test did not start ({stderr or status})")
+        if status != "ended":
+            return Outcome(status, stdout, detail=stderr)
+        if code != 0:
+            return Outcome("error", stdout, detail=stderr or f"exit code {code}")
         if request.call is None:
             return Outcome("ok", stdout)
         try:
@@ -152,7 +152,7 @@ class _Supervisor:
     # --- frames ---------------------------------------------------------------------------------------------------
 
     def _send(self, message: dict[str, Any], deadline: float) -> None:
-        body = json.dumps(message).encode()
+        body = marshal.dumps(message)
         view = memoryview(_HEADER.pack(len(body)) + body)
         while view:
             self._wait(self._to, select.POLLOUT, deadline)
@@ -161,17 +161,11 @@ class _Supervisor:
             except BrokenPipeError as error:
                 raise SupervisorLostError("the supervisor has ended") from error
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
+    def _receive(self, deadline: float) -> bytes:
         (size,) = _HEADER.unpack(self._read(_HEADER.size, deadline))
-        if size > 20 * self.limits.output_bytes + 100_000:  # 3 outputs, at most 6 characters of JSON a byte
+        if size > 3 * self.limits.output_bytes + 1000:
             raise SupervisorLostError(f"the supervisor announced {size} bytes")
-        try:
-            message = json.loads(self._read(size, deadline))
-        except (ValueError, RecursionError) as error:
-            raise SupervisorLostError("the supervisor sent no JSON") from error
-        if type(message) is not dict:
-            raise SupervisorLostError("the supervisor sent no message")
-        return message
+        return self._read(size, deadline)
 
     def _read(self, size: int, deadline: float) -> bytes:
         data = bytearray()
@@ -205,9 +199,9 @@ class _Supervisor:
 
 
 def command() -> list[str]:
-    """The interpreter as -I -S -B would start it, but for the hash seed, which -I would take away."""
-    code = f"import sys; sys.path.insert(0, {str(_HERE)!r}); import runner; del sys.path[0]; runner.main()"
-    return [sys.executable, "-P", "-s", "-S", "-B", "-c", code]
+    """The interpreter as -I -S would start it, but for the hash seed, which -I would take away."""
+    code = f"import sys; sys.path.insert(0, {str(_HERE)!r}); import runner; del sys.path[0]; "
+    return [sys.executable, "-P", "-s", "-S", "-c", code + "sys.dont_write_bytecode = True; runner.main()"]
 
 
 def readable() -> list[str]:
@@ -227,6 +221,20 @@ def num_tasks() -> int:
                 if status.st_uid == user:
                     total += os.stat(f"/proc/{name}/task").st_nlink - 2
     return total
+
+
+def unpacked(answer: bytes) -> tuple[str, int, str, str, bytes]:
+    """Status, exit code, stdout, stderr and the result's bytes. Raises SupervisorLostError for another form."""
+    try:
+        place, code, *sizes = _ANSWER.unpack_from(answer)
+        status = _STATUSES[place]
+    except (struct.error, IndexError) as error:
+        raise SupervisorLostError("the supervisor sent no answer") from error
+    if len(answer) != _ANSWER.size + sum(sizes):
+        raise SupervisorLostError("the supervisor sent no answer")
+    middle, last = _ANSWER.size + sizes[0], _ANSWER.size + sizes[0] + sizes[1]
+    stdout, stderr = (part.decode("utf-8", "replace") for part in (answer[_ANSWER.size : middle], answer[middle:last]))
+    return status, code, stdout, stderr, answer[last:]
 
 
 def framed(raw: bytes, nonce: bytes) -> Any:

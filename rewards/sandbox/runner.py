@@ -3,33 +3,39 @@
     judge ─ request ─▶ supervisor ─ fork ─▶ test: limits, layers, code        judge ◀─ raw bytes ─ supervisor
 
 It is told the source first, then one request a frame; it learns no expectation and passes on what came out as it is.
-Started as `python -P -s -S -B` with an environment of two variables, which is what -I means and keeps the hash seed.
-Imports the standard library and its sister modules only (it stands on `sys.path` alone), and little of that: its start
-is paid for every completion. Left out: comparing, scoring, and every guess about what output means.
+Started as `python -P -s -S` with an environment of three variables, which is what -I means and keeps the hash seed.
+Imports the standard library and its sister modules only (it stands on `sys.path` alone), and nothing that is slow to
+import (json, typing, signal): its start is paid for every completion. Requests are marshal, as the judge is trusted;
+answers are plain bytes, as nothing here is. Left out: comparing, scoring, and every guess about what output means.
 """
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import resource
 import select
-import signal
 import struct
 import sys
 import time
-from typing import Any
 
 import calls
 import confined
 import namespace
 import values
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _HEADER = struct.Struct(">I")
+_ANSWER = struct.Struct(">BiIII")  # status (place in STATUSES), exit code, sizes of stdout, stderr, result
+STATUSES = ("ended", "timeout", "output")
 _RESULT = 3  # descriptor of the child on which results leave
 STARTED = b"\x06"  # the first byte on _RESULT, written under all layers and before the code runs
 _CHUNK = 1 << 16
 _KILL_FOR_S = 2.0
+_SIGKILL = 9
 
 
 class Supervisor:
@@ -55,8 +61,8 @@ class Supervisor:
         if "landlock" in self.layers:
             os.close(confined.landlock_ruleset(self.readable, []))  # the kernel has it, or this raises
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Run one test and say what came out: status, exit code, and bytes of three descriptors (latin-1)."""
+    def answer(self, request: dict[str, Any]) -> bytes:
+        """Run one test and say what came out: status, exit code, and the bytes of three descriptors."""
         self.num_tests += 1
         place = os.path.join(self.folder, f"t{self.num_tests}")  # noqa: PTH118
         os.mkdir(place)  # noqa: PTH102
@@ -135,7 +141,7 @@ class Supervisor:
 
     # --- in the supervisor ----------------------------------------------------------------------------------------
 
-    def collect(self, pid: int, reads: list[int]) -> dict[str, Any]:
+    def collect(self, pid: int, reads: list[int]) -> bytes:
         """Wait for the test, its deadline or too much output; end all that it started; then read what is left."""
         outputs: list[bytearray] = [bytearray() for _ in reads]
         status = self.watch(pid, reads, outputs)
@@ -149,13 +155,9 @@ class Supervisor:
                 status = "output"
             os.close(read)
         stdout, stderr, result = outputs
-        return {
-            "status": status,
-            "code": code,
-            "stdout": bytes(stdout[: self.limits["output_bytes"]]).decode("latin-1"),
-            "stderr": bytes(stderr[-300:]).decode("latin-1"),
-            "result": bytes(result[: self.limits["output_bytes"] + 1]).decode("latin-1"),
-        }
+        most = self.limits["output_bytes"]
+        parts = [bytes(stdout[:most]), bytes(stderr[-300:]), bytes(result[: most + 1])]
+        return _ANSWER.pack(STATUSES.index(status), code, *map(len, parts)) + b"".join(parts)
 
     def watch(self, pid: int, reads: list[int], outputs: list[bytearray]) -> str:
         """Until the child ends ("ended"), its time is over ("timeout") or it wrote too much ("output")."""
@@ -233,7 +235,7 @@ def end(pid: int) -> int:
     """Kill the child and its process group, reap it; its exit code, negative for a signal."""
     for kill in (os.killpg, os.kill):
         try:
-            kill(pid, signal.SIGKILL)
+            kill(pid, _SIGKILL)
         except ProcessLookupError:
             continue
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -252,7 +254,7 @@ def end_descendants() -> None:
             os._exit(98)  # the judge ends what carries its mark
         for pid in children():
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, _SIGKILL)
             except ProcessLookupError:
                 continue
 
@@ -287,12 +289,12 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def read_frame(descriptor: int) -> Any:
-    """The next length-prefixed JSON frame; None at the end of the stream."""
+    """The next length-prefixed frame of the judge; None at the end of the stream."""
     header = read_exactly(descriptor, _HEADER.size)
     if header is None:
         return None
     body = read_exactly(descriptor, _HEADER.unpack(header)[0])
-    return None if body is None else json.loads(body)
+    return None if body is None else marshal.loads(body)
 
 
 def read_exactly(descriptor: int, size: int) -> bytes | None:
@@ -306,9 +308,8 @@ def read_exactly(descriptor: int, size: int) -> bytes | None:
     return bytes(data)
 
 
-def write_frame(descriptor: int, message: dict[str, Any]) -> None:
-    """One length-prefixed JSON frame."""
-    body = json.dumps(message).encode()
+def write_frame(descriptor: int, body: bytes) -> None:
+    """One length-prefixed frame."""
     write_all(descriptor, _HEADER.pack(len(body)) + body)
 
 
@@ -320,8 +321,8 @@ def main() -> None:
     try:
         supervisor = Supervisor(job)
     except OSError as error:
-        write_frame(1, {"error": str(error)})
+        write_frame(1, str(error).encode())
         return
-    write_frame(1, {"ready": True})
+    write_frame(1, b"")
     while (request := read_frame(0)) is not None:
         write_frame(1, supervisor.answer(request))
