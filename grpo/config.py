@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from grpo.algorithm.recipes import RECIPES, check_objective
@@ -85,10 +94,24 @@ class DataConfig(Section):
 
 
 class RewardFunction(Section):
-    """One reward: "module:function" or "path/file.py:function", and its weight in the sum."""
+    """One reward: "module:function" or "path/file.py:function", and how it is called."""
 
-    function: str
-    weight: Float = 1.0
+    function: str = Field(description="name of the function")
+    weight: Float = Field(1.0, description="in the sum; 0 = metric only")
+    name: str | None = Field(None, description="in metrics; null = the function's own")
+    where: Literal["inline", "process", "async", "gpu"] | None = Field(
+        None,
+        description="process: workers that are killed at the limit, no GPU; gpu: in this process, without gradients; "
+        "null = async for an async function, else inline",
+    )
+    timeout_s: Float | None = Field(
+        None, gt=0, description="seconds of a call, process and async only; null = rewards.timeout"
+    )
+    on_error: Literal["raise", "none"] | None = Field(None, description="null = rewards.on_error")
+    max_concurrency: Int | None = Field(
+        None, ge=1, description="completions judged at a time; null = 4 in processes, all when async"
+    )
+    memory_mb: Int | None = Field(None, ge=1, description="MiB of address space of a worker; null = 4096")
 
 
 class RewardsConfig(Section):
@@ -102,7 +125,20 @@ class RewardsConfig(Section):
     soft_overlong_cache: Int | None = Field(
         None, ge=1, description="tokens before max_completion_length over which a penalty grows to −1; null = off"
     )
-    timeout: None = Field(None, description="not enforceable for rewards that run inline; must stay null")
+    timeout: Float | None = Field(
+        None,
+        gt=0,
+        description="seconds of a call of functions with where: process (null = 10) or async (null = no limit); inline "
+        "it cannot be enforced",
+    )
+
+    @field_validator("timeout")
+    @classmethod
+    def _enforceable(cls, timeout: float | None, info: ValidationInfo) -> float | None:
+        functions = info.data.get("functions", [])
+        if timeout is not None and not any(entry.where in ("process", "async") for entry in functions):
+            raise ValueError("want null")  # nothing here has a limit
+        return timeout
 
 
 class RolloutConfig(Section):
