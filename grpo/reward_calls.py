@@ -1,6 +1,7 @@
 """One step's calls of reward functions: copies of the arguments go in; a float, None or a `Fault` comes out.
 
-Left out: what is made of the values (scoring.py), and any way to end a call early (reward_isolation.py says more).
+Left out: what is made of the values (scoring.py), and how a call is ended early (reward_isolation.py for async
+functions, reward_pool.py for those in processes).
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ import copy
 import inspect
 import math
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from grpo.batch import Completion, Prompt
-from grpo.reward_isolation import Fault, gather, guarded, seed_generators, watched_process
-from grpo.reward_loading import Reward, RewardError, describe
+from grpo.reward_import import describe
+from grpo.reward_isolation import Fault, Watchdog, gather, guarded, seed_generators, watched_process
+from grpo.reward_pool import Reply, ask
+from grpo.reward_spec import OnError, Reward, RewardError
 
 Value = float | Fault | None
 
@@ -28,6 +32,7 @@ MAX_REWARD = 1e6
 MAX_NAMES = 64
 """Metric names that one function may use in a run, and columns in a step."""
 _MAX_NAME = 100
+_MADE_HERE = ("trainer_state", "log_metric", "log_extra")  # arguments that a worker process makes itself
 _ATOMS = (str, int, float, bool, type(None), bytes)
 
 
@@ -131,6 +136,24 @@ def to_number(value: Any) -> Value:
     if abs(number) > MAX_REWARD:
         return Fault(f"returned {number:g} (want at most {MAX_REWARD:g} in size)")
     return number
+
+
+def to_rewards(reward: Reward, log: Log, rows: Sequence[int], result: Any) -> list[Value]:
+    """Take the result of one call on `rows` apart: a value each. Reading it may run user code too, so that is guarded
+    as well. Notes of Scores go into `log`."""
+    if reward.kind == "batch" and not isinstance(result, Fault):
+        result = guarded(to_values, result, len(rows))
+    if isinstance(result, Fault):
+        return [result] * len(rows)
+    elements = [result] if reward.kind == "sample" else result
+    values = [guarded(_number, log, row, element) for row, element in zip(rows, elements, strict=True)]
+    return [replace(value, on_call=False) if isinstance(value, Fault) else value for value in values]
+
+
+def _number(log: Log, row: int, element: Any) -> Value:
+    value, notes = split_score(element)
+    log.notes(row, notes)
+    return to_number(value)
 
 
 def split_score(value: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -239,18 +262,26 @@ def _check_name(name: Any) -> None:
 # --- the calls of a step ---------------------------------------------------------------------------------------
 
 
+def _without_gradients(reward: Reward) -> AbstractContextManager[Any]:
+    """For functions on the GPU: a reward model keeps no activations."""
+    if reward.where != "gpu":
+        return nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
 class Calls:
     """The calls of one step on its finished completions (`samples`, the rows here) and what came of them.
 
     Attributes:
         values: per function, one float, None or `Fault` a row.
         logs: per function, what it logged.
+        seconds: per function, those of each of its calls.
         faults: row -> its first fault, with the function's label.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], step: int, state: TrainerState, on_error: Literal["raise", "none"], seed: int
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], step: int, state: TrainerState, on_error: OnError, seed: int) -> None:
         self.samples = samples
         self.step = step
         self.state = state
@@ -258,31 +289,44 @@ class Calls:
         self.seed = seed
         self.values: dict[str, list[Value]] = {}
         self.logs: dict[str, Log] = {}
+        self.seconds: dict[str, list[float]] = {}
         self.faults: dict[int, str] = {}
         self._waiting: list[tuple[Reward, Sequence[int], Any]] = []  # (function, rows, awaitable)
+        self._watchdog = Watchdog()
 
     def call(self, reward: Reward) -> None:
         """One call (batch) or one per completion (sample)."""
         count = len(self.samples)
         self.values[reward.name] = [None] * count
         self.logs[reward.name] = Log(reward, count)
+        self.seconds[reward.name] = []
         every = [range(count)] if reward.kind == "batch" else [range(row, row + 1) for row in range(count)]
-        with watched_process([reward]):
+        if reward.where == "process":
+            self._call_in_processes(reward, every)
+            return
+        with watched_process([reward]), _without_gradients(reward):
             for rows in every:
-                result = guarded(self._invoke, reward, rows)
+                start = time.perf_counter()
+                with self._watchdog.on(reward.label):
+                    result = guarded(self._invoke, reward, rows)
                 if inspect.isawaitable(result):
                     self._waiting.append((reward, rows, result))
                 else:
+                    self.seconds[reward.name].append(time.perf_counter() - start)
                     self._settle(reward, rows, result)
 
     def _invoke(self, reward: Reward, rows: Sequence[int]) -> Any:
-        samples = [self.samples[row] for row in rows]
-        given = arguments(reward, samples, self.state, self.logs[reward.name], rows[0])
-        first = samples[0]
-        seed_generators(
-            self.seed, "reward", reward.name, self.step, first.prompt.epoch, first.prompt.id, first.generation
-        )
+        given = self._arguments(reward, rows)
+        seed_generators(*self._key(reward, rows))
         return reward.function(**given)
+
+    def _arguments(self, reward: Reward, rows: Sequence[int]) -> dict[str, Any]:
+        return arguments(reward, [self.samples[row] for row in rows], self.state, self.logs[reward.name], rows[0])
+
+    def _key(self, reward: Reward, rows: Sequence[int]) -> list[int | str]:
+        """What the random numbers of a call are a function of."""
+        first = self.samples[rows[0]]
+        return [self.seed, "reward", reward.name, self.step, first.prompt.epoch, first.prompt.id, first.generation]
 
     def await_all(self) -> None:
         """Run what async functions have returned, all together."""
@@ -290,42 +334,77 @@ class Calls:
         if not waiting:
             return
         seed_generators(self.seed, "reward", "async", self.step)
-        with watched_process([reward for reward, _, _ in waiting]):
-            results = gather([awaitable for _, _, awaitable in waiting])
-        for (reward, rows, _), result in zip(waiting, results, strict=True):
+        labels = ", ".join(dict.fromkeys(reward.label for reward, _, _ in waiting))
+        with watched_process([reward for reward, _, _ in waiting]), self._watchdog.on(labels):
+            results = gather([(reward, awaitable) for reward, _, awaitable in waiting])
+        for (reward, rows, _), (result, seconds) in zip(waiting, results, strict=True):
+            self.seconds[reward.name].append(seconds)
             self._settle(reward, rows, result)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close coroutines that were never awaited, when the step ends early."""
+        """Close coroutines that were never awaited, when the step ends early, and stop watching."""
         try:
             yield
         finally:
+            self._watchdog.end()
             for _, _, awaitable in self._waiting:
                 if inspect.iscoroutine(awaitable):
                     awaitable.close()
 
+    # --- in processes ---
+
+    def _call_in_processes(self, reward: Reward, every: Sequence[Sequence[int]]) -> None:
+        """All calls, as many at a time as its workers take; under "raise" in slices, to end at an early fault."""
+        size = 8 * (reward.max_concurrency or 1) if self._raises(reward) else len(every)
+        for first in range(0, len(every), size):
+            part = every[first : first + size]
+            requests = [guarded(self._request, reward, rows) for rows in part]
+            for rows, reply in zip(part, ask(reward, requests, [len(rows) for rows in part]), strict=True):
+                self._take(reward, rows, reply)
+
+    def _request(self, reward: Reward, rows: Sequence[int]) -> dict[str, Any]:
+        given = self._arguments(reward, rows)
+        provided = [name for name in _MADE_HERE if given.pop(name, None) is not None]
+        return {
+            "given": given,
+            "provided": provided,
+            "state": asdict(self.state),
+            "key": self._key(reward, rows),
+            "count": len(rows),
+        }
+
+    def _take(self, reward: Reward, rows: Sequence[int], reply: Reply) -> None:
+        log = self.logs[reward.name]
+        for name, logged in reply.metrics.items():
+            for value in logged:
+                guarded(log.metric, name, value)
+        for name, column in reply.columns.items():
+            for row, value in zip(rows, column, strict=True):
+                guarded(log.cell, row, name, value)
+        log.num_dropped += reply.num_dropped
+        self.seconds[reward.name].append(reply.seconds)
+        values = reply.values
+        if not isinstance(values, Fault):
+            values = [value if isinstance(value, Fault) else to_number(value) for value in values]
+        self._keep(reward, rows, [values] * len(rows) if isinstance(values, Fault) else values)
+
+    # --- outcomes ---
+
     def _settle(self, reward: Reward, rows: Sequence[int], result: Any) -> None:
-        """Take a call's result apart. Reading it may run user code too, so that is guarded as well."""
-        if reward.kind == "batch" and not isinstance(result, Fault):
-            result = guarded(to_values, result, len(rows))
-        elements = [result] * len(rows) if isinstance(result, Fault) or reward.kind == "sample" else result
-        for row, element in zip(rows, elements, strict=True):
-            value = element
-            if not isinstance(element, Fault):
-                value = guarded(self._number, reward, row, element)
-                value = replace(value, on_call=False) if isinstance(value, Fault) else value
+        self._keep(reward, rows, to_rewards(reward, self.logs[reward.name], rows, result))
+
+    def _keep(self, reward: Reward, rows: Sequence[int], values: Sequence[Value]) -> None:
+        for row, value in zip(rows, values, strict=True):
             self.values[reward.name][row] = value
             if isinstance(value, Fault):
                 self._record(reward, rows, row, value)
 
-    def _number(self, reward: Reward, row: int, element: Any) -> Value:
-        value, notes = split_score(element)
-        self.logs[reward.name].notes(row, notes)
-        return to_number(value)
+    def _raises(self, reward: Reward) -> bool:
+        return (reward.on_error or self.on_error) == "raise"
 
     def _record(self, reward: Reward, rows: Sequence[int], row: int, fault: Fault) -> None:
-        if self.on_error == "raise":
+        if self._raises(reward):
             where = self._place(rows if fault.on_call else [row])
             raise RewardError(f"{reward.label}: {fault.text} (step {self.step}, {where})") from fault.error
         self.faults.setdefault(row, f"{reward.label}: {fault.text}")

@@ -6,7 +6,8 @@ Three things never mix. None: the function does not apply, the sum runs over the
 |r| > 1e6, a wrong type or length): with `on_error: raise` the run ends in one line; with `none` the whole completion
 has no reward, whatever the other functions say, and it is never 0. A completion that the engine did not finish (abort,
 error) is shown to no function and has no reward. A completion without a reward leaves loss and baseline.
-Left out: timeouts, worker processes and sandboxes (every function runs inline).
+A function may have its own `on_error`, and its own place to run (reward_placement.py).
+Left out: sandboxes for code that a model wrote.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from typing import Any, Literal
 from grpo.batch import Rollouts, ScoredRollouts
 from grpo.reward_calls import Calls, Sample, TrainerState, Value
 from grpo.reward_isolation import Fault, RewardWarning, preserved_generators, warn_once
-from grpo.reward_loading import Reward, RewardError, check_columns, load_reward_states, load_rewards, reward_states
+from grpo.reward_loading import check_columns, load_reward_states, load_rewards, reward_states
+from grpo.reward_placement import placement_lines
+from grpo.reward_pool import close_pools
+from grpo.reward_spec import Reward, RewardError, RewardSpec
 
 __all__ = [
     "score",
     "Reward",
+    "RewardSpec",
     "RewardError",
     "RewardWarning",
     "FaultBudget",
@@ -33,6 +38,8 @@ __all__ = [
     "check_columns",
     "reward_states",
     "load_reward_states",
+    "placement_lines",
+    "close_pools",
     "merge_scored",
     "select_groups",
 ]
@@ -53,7 +60,8 @@ def score(
 ) -> ScoredRollouts:
     """Call every function on every completion and sum up.
 
-    Functions run one after another, async ones together at the end. Each call draws from global generators that start
+    Functions run one after another (those in processes several calls at a time), async ones together at the end. Each
+    call draws from global generators that start
     at a function of (seed, reward, step, prompt, generation) and are put back afterwards: a reward that draws or
     reseeds is repeatable and disturbs nothing. (Async calls share one start per step.)
 
@@ -63,7 +71,7 @@ def score(
         step: the optimizer step that these rollouts are for, from 1; `trainer_state.global_step` is the number of
             steps done, step − 1, as in TRL.
         max_steps, epoch: for `trainer_state`.
-        on_error: what a fault does.
+        on_error: what a fault does, where the function says nothing itself.
         seed: of the run.
 
     Returns:
@@ -152,11 +160,21 @@ def _outcome_metrics(rewards: Sequence[Reward], calls: Calls, num_completions: i
     for name, values in calls.values.items():
         log = calls.logs[name]
         metrics[f"rewards/{name}/none_frac"] = sum(value is None for value in values) / called
-        metrics[f"rewards/{name}/error_frac"] = sum(isinstance(value, Fault) for value in values) / called
+        faults = [value for value in values if isinstance(value, Fault)]
+        metrics[f"rewards/{name}/error_frac"] = len(faults) / called  # timeouts among them
+        metrics[f"rewards/{name}/timeout_frac"] = sum(fault.timed_out for fault in faults) / called
+        if seconds := sorted(calls.seconds[name]):
+            metrics[f"rewards/{name}/p50_s"] = _percentile(seconds, 50)
+            metrics[f"rewards/{name}/p99_s"] = _percentile(seconds, 99)
         metrics |= {f"rewards/{name}/metric/{key}": fsum(logged) / len(logged) for key, logged in log.metrics.items()}
         if log.num_dropped:
             metrics[f"rewards/{name}/dropped_metrics"] = float(log.num_dropped)
     return metrics
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float:
+    """The smallest value that at least `percent` % of the values do not exceed (nearest rank)."""
+    return ordered[max(-(-percent * len(ordered) // 100), 1) - 1]
 
 
 def _value_metrics(totals: Grid, parts: Mapping[str, Grid]) -> dict[str, float]:
@@ -210,7 +228,8 @@ def _std(values: Sequence[float]) -> float:
 
 
 def merge_scored(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
-    """Batches of one step (refill rounds) as one: groups in order, statistics over all, shares weighted by size.
+    """Batches of one step (refill rounds) as one: groups in order, statistics over all, shares weighted by size, of
+    latencies the largest.
 
     `policy_version` is that of the first.
     """
@@ -237,8 +256,12 @@ def merge_scored(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
             (batch.metrics[name], size) for batch, size in zip(batches, sizes, strict=True) if name in batch.metrics
         ]
         total = fsum(value * size for value, size in known)
-        counted = name.endswith("/dropped_metrics")
-        metrics[name] = fsum(value for value, _ in known) if counted else total / max(sum(size for _, size in known), 1)
+        if name.endswith("/dropped_metrics"):
+            metrics[name] = fsum(value for value, _ in known)
+        elif name.endswith(("/p50_s", "/p99_s")):  # a percentile of all is not to be had from those of parts
+            metrics[name] = max(value for value, _ in known)
+        else:
+            metrics[name] = total / max(sum(size for _, size in known), 1)
     return ScoredRollouts(rollouts, totals, parts, first.weights, columns, metrics | _value_metrics(totals, parts))
 
 

@@ -20,7 +20,8 @@ FLOORS = {
     **dict.fromkeys(["batch", "config", "errors", "ledger", "packing", "seeds", "trl_names", "algorithm"], 0),
     **dict.fromkeys(["kernels"], 1),
     **dict.fromkeys(["model", "optim", "planner"], 2),
-    **dict.fromkeys(["rollout", "scoring", "reward_calls", "reward_isolation", "reward_loading", "data"], 3),
+    **dict.fromkeys(["rollout", "scoring", "reward_calls", "reward_isolation", "reward_loading"], 3),
+    **dict.fromkeys(["reward_import", "reward_placement", "reward_pool", "reward_served", "reward_spec", "data"], 3),
     **dict.fromkeys(["trainer", "sft", "export", "evaluate"], 4),
     **dict.fromkeys(["cli", "__main__", "demo"], 5),
 }

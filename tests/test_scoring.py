@@ -24,6 +24,7 @@ from grpo.batch import Completion, Prompt, Rollouts
 from grpo.scoring import (
     FaultBudget,
     RewardError,
+    RewardSpec,
     RewardWarning,
     load_rewards,
     merge_scored,
@@ -72,6 +73,10 @@ def fault_of(function, rollouts=None, **kwargs):
 
 def flatten(groups):
     return list(itertools.chain.from_iterable(groups))
+
+
+def without_latencies(metrics):
+    return {name: value for name, value in metrics.items() if not name.endswith(("/p50_s", "/p99_s"))}
 
 
 def returns(value):
@@ -663,16 +668,20 @@ def test_metrics_against_the_statistics_module():
         "rewards/part/in_group_std": statistics.fmean([statistics.stdev([0.25, 1.0, 0.5]), 0.0]),
         "rewards/part/none_frac": 8 / 16,
         "rewards/part/error_frac": 0.0,
+        "rewards/part/timeout_frac": 0.0,
         "rewards/length/mean": 2.5,
         "rewards/length/std": statistics.stdev([1, 2, 3, 4] * 4),
         "rewards/length/in_group_std": statistics.stdev([1, 2, 3, 4]),
         "rewards/length/none_frac": 0.0,
         "rewards/length/error_frac": 0.0,
+        "rewards/length/timeout_frac": 0.0,
         "rewards/none_mixed_frac": 2 / 4,
         "rewards/invalid_frac": 0.0,
         "rewards/unscored_frac": 0.0,
     }
-    assert scored.metrics == pytest.approx(expected, abs=1e-12)
+    assert without_latencies(scored.metrics) == pytest.approx(expected, abs=1e-12)
+    assert scored.metrics["rewards/part/p50_s"] == scored.metrics["rewards/part/p99_s"]  # one call
+    assert 0 < scored.metrics["rewards/length/p50_s"] <= scored.metrics["rewards/length/p99_s"] < 1
 
 
 def test_equal_rewards_have_a_std_of_exactly_zero():
@@ -905,6 +914,101 @@ def test_ctrl_c_while_async_functions_run():
         signal.signal(signal.SIGINT, before)
 
 
+# --- limits of calls in this process -------------------------------------------------------------------------
+
+
+def test_async_calls_are_cancelled_at_their_limit_and_the_others_answer():
+    ended = []
+
+    async def judge(completion):
+        try:
+            await asyncio.sleep(60 if completion == "bb" else 0.01)
+        finally:
+            ended.append(completion)
+        return float(len(completion))
+
+    spec = RewardSpec(judge, timeout_s=0.2)
+    scored = run([spec, length], on_error="none")
+    assert scored.parts["judge"] == [[1.0, None, 3.0, 4.0], [1.0, 1.0, 2.0, 1.0]]
+    assert scored.rewards[0] == [2.0, None, 6.0, 8.0]
+    assert scored.columns["fault"][0][1] == 'rewards[0] "judge": gave no answer within 0.2 s (cancelled)'
+    assert scored.metrics["rewards/judge/timeout_frac"] == scored.metrics["rewards/judge/error_frac"] == 1 / 8
+    assert 0.01 <= scored.metrics["rewards/judge/p50_s"] < 0.2 <= scored.metrics["rewards/judge/p99_s"]
+    assert len(ended) == 8
+    with pytest.raises(RewardError, match=r"0\.2 s \(cancelled\) \(step 3, prompt 41, generation 1\)"):
+        run(spec)
+
+
+def test_timeout_error_of_the_function_itself_is_no_timeout():
+    async def judge(completion):
+        raise TimeoutError("upstream")
+
+    scored = run([RewardSpec(judge, timeout_s=5), length], on_error="none")
+    assert scored.metrics["rewards/judge/error_frac"] == 1.0 and scored.metrics["rewards/judge/timeout_frac"] == 0.0
+    assert "raised TimeoutError: upstream" in scored.columns["fault"][0][0]
+
+
+def test_value_after_the_limit_is_none():
+    async def stubborn(completion):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return 1.0
+
+    assert run([RewardSpec(stubborn, timeout_s=0.05), length], on_error="none").rewards == [[None] * 4] * 2
+
+
+@pytest.mark.parametrize(("limit", "most"), [(None, 8), (3, 3), (1, 1)])
+def test_async_calls_at_a_time(limit, most):
+    running, seen = 0, []
+
+    async def judge(completion):
+        nonlocal running
+        running += 1
+        seen.append(running)
+        await asyncio.sleep(0.01)
+        running -= 1
+        return 1.0
+
+    run(RewardSpec(judge, max_concurrency=limit, timeout_s=0.5))  # waiting for a turn is not in the limit
+    assert max(seen) == most and len(seen) == 8
+
+
+def test_on_error_of_one_function_goes_before_that_of_the_run():
+    def fails(completion):
+        raise ValueError("boom")
+
+    assert run([RewardSpec(fails, on_error="none"), length]).rewards == [[None] * 4] * 2
+    with pytest.raises(RewardError, match="boom"):
+        run([RewardSpec(fails, on_error="raise"), length], on_error="none")
+
+
+def test_a_function_on_the_gpu_keeps_no_gradients():
+    def judge(completion):
+        return float(torch.is_grad_enabled())
+
+    assert flatten(run(RewardSpec(judge, where="gpu")).rewards) == [0.0] * 8
+    assert flatten(run(judge).rewards) == [1.0] * 8
+
+
+def test_watchdog_names_an_inline_call_that_does_not_return(monkeypatch):
+    from grpo.reward_isolation import Watchdog
+
+    monkeypatch.setattr(Watchdog, "interval", 0.1)
+
+    def slow(completion):
+        time.sleep(0.35 if completion == "ccc" else 0.001)
+        return 1.0
+
+    with pytest.warns(RewardWarning) as caught:
+        run(slow)
+    assert len(caught) == 3
+    assert str(caught[0].message).startswith('rewards[0] "slow": still running after 0 s (')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(lambda completion: time.sleep(0.03) or 1.0)  # 0.24 s in all, but no call is long
+
+
 # --- several batches, too many faults ------------------------------------------------------------------------
 
 
@@ -923,7 +1027,8 @@ def test_merged_batches_are_what_one_call_would_have_given():
         )
     assert merged.rewards == whole.rewards and merged.parts == whole.parts and merged.columns == whole.columns
     assert [p.id for p in merged.rollouts.prompts] == [41, 42, 43]
-    assert merged.metrics == pytest.approx(whole.metrics, abs=1e-12)
+    assert without_latencies(merged.metrics) == pytest.approx(without_latencies(whole.metrics), abs=1e-12)
+    assert merged.metrics.keys() == whole.metrics.keys()
 
 
 def test_merging_keeps_columns_that_only_one_batch_has():
