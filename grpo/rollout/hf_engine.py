@@ -8,7 +8,8 @@ Left out: continuous batching. Ended rows are dropped as they end; new ones star
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,15 @@ class HFEngine:
     Args:
         policy: the policy.
         tokenizer: decodes completions, once.
-        max_sequences: sequences decoded at once.
+        max_sequences: sequences decoded at once; halved, for good, whenever so many run out of GPU memory. A sample
+            depends on its own seed, so the tokens are the same up to rounding.
+        say: told of that in one line.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any, max_sequences: int = 256) -> None:
+    def __init__(
+        self, policy: Policy, tokenizer: Any, max_sequences: int = 256, say: Callable[[str], None] | None = None
+    ) -> None:
+        self._say = say or (lambda line: None)
         self.policy = policy
         self.tokenizer = tokenizer
         self.max_sequences = max_sequences
@@ -63,10 +69,14 @@ class HFEngine:
         work = [(p, g) for p in range(len(prompts)) for g in range(sampling.num_generations)]
         completions: list[list[Completion]] = [[] for _ in prompts]
         with self.policy.evaluating():
-            for start in range(0, len(work), self.max_sequences):
-                chunk = work[start : start + self.max_sequences]
-                for (p, _), completion in zip(chunk, self._decode(prompts, chunk, sampling), strict=True):
+            while work:
+                chunk = work[: self.max_sequences]
+                found = self._decode_if_it_fits(prompts, chunk, sampling)
+                if found is None:
+                    continue
+                for (p, _), completion in zip(chunk, found, strict=True):
                     completions[p].append(completion)
+                work = work[len(chunk) :]
         return Rollouts(list(prompts), completions, self.policy_version)
 
     @torch.no_grad()
@@ -79,6 +89,21 @@ class HFEngine:
                 logits = self.policy.causal_lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
                 scores.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist())
         return scores
+
+    def _decode_if_it_fits(
+        self, prompts: Sequence[Prompt], chunk: list[tuple[int, int]], sampling: Sampling
+    ) -> list[Completion] | None:
+        """None after `max_sequences` was halved for want of memory; a single sequence that does not fit raises."""
+        try:
+            return self._decode(prompts, chunk, sampling)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+        gc.collect()  # outside the handler, which holds the frames and with them the cache
+        torch.cuda.empty_cache()
+        self.max_sequences = len(chunk) // 2
+        self._say(f"out of GPU memory in the rollout: {self.max_sequences} sequences at a time from now on")
+        return None
 
     def _decode(self, prompts: Sequence[Prompt], chunk: list[tuple[int, int]], sampling: Sampling) -> list[Completion]:
         unique = sorted({p for p, _ in chunk})

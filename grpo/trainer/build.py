@@ -83,7 +83,7 @@ def build_parts(
         PromptStream(prompts, seed_for(config.seed, "data"), config.data.shuffle),
         eval_prompts,
         rewards,
-        HFEngine(policy, tokenizer, config.rollout.max_sequences),
+        HFEngine(policy, tokenizer, config.rollout.max_sequences, console.say),
         stop_token_ids(tokenizer, policy.causal_lm),
     )
 

@@ -140,6 +140,38 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert again == together  # a re-run is bitwise the same
 
 
+@pytest.mark.parametrize("fits", [1, 2, 5])
+def test_out_of_memory_means_fewer_at_a_time_and_the_same_tokens(fits):
+    said = []
+    model = tiny_model("qwen3")
+    wanted = engine_for(model).generate(prompts(4, 7, 2), sampling())
+    engine = engine_for(tiny_model("qwen3"), say=said.append)
+
+    def limited(module, arguments, keywords):
+        if keywords["input_ids"].shape[0] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    engine.policy.backbone.register_forward_pre_hook(limited, with_kwargs=True)
+    found = engine.generate(prompts(4, 7, 2), sampling())
+    for mine, theirs in zip(found.completions, wanted.completions, strict=True):
+        assert [c.token_ids for c in mine] == [c.token_ids for c in theirs]
+    assert engine.max_sequences <= fits
+    assert len(said) >= 1
+    assert all("sequences at a time from now on" in line for line in said)
+
+
+def test_a_single_sequence_that_does_not_fit_is_an_error():
+    engine = engine_for(tiny_model("qwen3"))
+
+    def never(module, arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.policy.backbone.register_forward_pre_hook(never)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate(prompts(4, 7), sampling())
+    assert engine.max_sequences == 1
+
+
 def test_generations_epochs_and_seeds_differ():
     engine = engine_for(tiny_model())
     (prompt,) = prompts(4)
