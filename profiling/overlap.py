@@ -2,8 +2,8 @@
 
     python -m profiling.overlap --case llama-8b-lora       # one bin of bench_update's case, offloaded, on a GPU
 
-Prints and writes profiling/results/<device>/overlap.json: milliseconds of host copies, of those beside a kernel, and the
-time the device computed or did nothing. `--trace FILE` keeps the trace for chrome://tracing or Perfetto.
+Prints and writes profiling/results/<device>/overlap.json: milliseconds of host copies, of those beside a kernel, and
+the time the device computed or did nothing. `--trace FILE` keeps the trace for chrome://tracing or Perfetto.
 """
 
 from __future__ import annotations
