@@ -27,9 +27,9 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = frozenset({"a", "an", "the"})
 _SPACES = re.compile(r"\s+")
 _STATED = re.compile(
-    r"\b(?:answer|choice|option)s?(?: is|:| is:)?[ \n*]{0,4}\(?([A-Z])\)?(?![\w'])(?!\s+(?:or|and)\b)", re.ASCII
+    r"\b(?i:answer|choice|option)s?(?: is|:| is:)?[ \n*]{0,4}\(?([A-Z])\)?(?![\w'])(?!\s+(?:or|and)\b)", re.ASCII
 )
-_HEDGED = re.compile(r"\b(?:answer|choice|option)s?(?: is|:| is:)?[ \n*]{0,4}\(?[A-Z]\)?\s+(?:or|and)\b", re.ASCII)
+_HEDGED = re.compile(r"\b(?i:answer|choice|option)s?(?: is|:| is:)?[ \n*]{0,4}\(?[A-Z]\)?\s+(?:or|and)\b", re.ASCII)
 _LETTER = re.compile(r"[(\[*]{0,3}([A-Za-z])[)\]*.:]{0,4}", re.ASCII)
 _LABELLED = re.compile(r"\(?([A-Z])(?:\)|[.:](?=\s))[ *]{0,3}(\S.{0,400})", re.ASCII | re.DOTALL)
 
