@@ -262,7 +262,7 @@ def test_run_with_a_slow_a_failing_and_a_hanging_reward_finishes_and_reports_eac
         assert sum(row[f"rewards/{name}/timeout_frac"] for row in rows) / 2 == (share if late else 0)
     for one in table:
         assert (one["reward"] is None) == any(f"sort {answer}" in one["prompt"] for answer in ("31", "995"))
-        assert (one.get("fault") is None) == (one["reward"] is not None)  # a step without faults has no such column
+        assert (one.get("column/fault") is None) == (one["reward"] is not None)  # absent when a step has no fault
     assert all(0.02 <= row["rewards/slow/p50_s"] < 0.3 and row["rewards/slow/error_frac"] == 0 for row in rows)
     assert max(row["rewards/hanging/p99_s"] for row in rows) >= 0.3
     assert {"mean", "std", "in_group_std", "none_frac", "error_frac", "timeout_frac", "p50_s", "p99_s"} <= {
