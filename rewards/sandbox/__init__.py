@@ -9,15 +9,22 @@ runs before a tier is named, and a tier that this machine cannot build is an err
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rewards.sandbox.process import LocalSandbox
 from rewards.sandbox.tiers import TIERS, Limits, Outcome, Request, SandboxError, check_tier, describe
+
+if TYPE_CHECKING:
+    from rewards.sandbox.remote import RemoteSandbox
+
+    Sandbox = LocalSandbox | RemoteSandbox
 
 __all__ = ["open_sandbox", "probe", "describe", "Limits", "Request", "Outcome", "SandboxError", "TIERS"]
 
 _PROBE = "print(sum(map(int, input().split())))"
 
 
-def open_sandbox(  # noqa: ANN201 - one of two context managers with the same `run`
+def open_sandbox(
     tier: str | None,
     source: str,
     limits: Limits | None = None,
@@ -25,7 +32,7 @@ def open_sandbox(  # noqa: ANN201 - one of two context managers with the same `r
     url: str | None = None,
     service: str = "piston",
     headers: dict[str, str] | None = None,
-):  # type: ignore[no-untyped-def]
+) -> Sandbox:
     """A context in which `source` runs, once for each `Request`, in the named tier.
 
     Raises:

@@ -75,7 +75,10 @@ def drop_capabilities() -> None:
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every architecture
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _ON_FILES = 1 | 1 << 1 | _READ_FILE | 1 << 14 | 1 << 15  # execute, write, read, truncate, ioctl: what a file may carry
-_EXECUTE, _DEVICES = 1, 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 15  # make char/sock/fifo/block/symlink, ioctl
+_EXECUTE, _DEVICES = (
+    1,
+    1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 15,
+)  # make char/sock/fifo/block/symlink, ioctl
 _BITS = {1: 13, 2: 14, 3: 15, 4: 15}  # file-system rights an ABI knows; 16 from ABI 5 on
 
 
@@ -144,7 +147,12 @@ IOCTL, CLONE, FCNTL, TGKILL, PRLIMIT, CLONE3 = 16, 56, 72, 234, 302, 435
 _ARGUMENT = (16, 24, 32, 40, 48, 56)  # where seccomp_data keeps the low halves, little-endian
 # name, number, argument, its values: the low 32 bits, as the kernel declares these arguments as 32-bit
 CHECKED = (
-    ("ioctl", IOCTL, 1, (0x5401, 0x5413, 0x5450, 0x5451, 0x541B)),  # is it a terminal, its size, close-on-exec, FIONREAD
+    (
+        "ioctl",
+        IOCTL,
+        1,
+        (0x5401, 0x5413, 0x5450, 0x5451, 0x541B),
+    ),  # is it a terminal, its size, close-on-exec, FIONREAD
     ("fcntl", FCNTL, 1, (0, 1, 2, 3, 4, 1030)),  # duplicate, flags; no locks, owners, leases, pipe sizes
     ("prlimit64", PRLIMIT, 0, (0,)),  # only this process
 )

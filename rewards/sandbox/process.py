@@ -214,12 +214,11 @@ def readable() -> list[str]:
 def num_tasks() -> int:
     """Processes and threads that the limit on processes counts already: those of this user, of nobody for root."""
     user, total = os.getuid() or _NOBODY, 0
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                status = os.stat(f"/proc/{name}")
-                if status.st_uid == user:
-                    total += os.stat(f"/proc/{name}/task").st_nlink - 2
+                if place.stat().st_uid == user:
+                    total += (place / "task").stat().st_nlink - 2
     return total
 
 
@@ -263,11 +262,11 @@ def kill_marked(process: subprocess.Popen[bytes], mark: str) -> None:
 def marked(mark: str) -> list[int]:
     """Processes that started with this call's mark in their environment."""
     found, needle = [], f"{_MARK}={mark}".encode()
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                if needle in Path(f"/proc/{name}/environ").read_bytes():
-                    found.append(int(name))
+                if needle in (place / "environ").read_bytes():
+                    found.append(int(place.name))
     return found
 
 

@@ -142,9 +142,10 @@ def _text(value: Any) -> str:
     return value
 
 
-_SERVICES: dict[
-    str, tuple[Callable[[str, str, float], dict[str, Any]], Callable[[dict[str, Any]], Outcome]]
-] = {"piston": (_piston_body, _piston_outcome), "sandboxfusion": (_fusion_body, _fusion_outcome)}
+_SERVICES: dict[str, tuple[Callable[[str, str, float], dict[str, Any]], Callable[[dict[str, Any]], Outcome]]] = {
+    "piston": (_piston_body, _piston_outcome),
+    "sandboxfusion": (_fusion_body, _fusion_outcome),
+}
 
 
 # --- HTTP with one deadline ----------------------------------------------------------------------------------------

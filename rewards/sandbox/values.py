@@ -1,10 +1,11 @@
-"""Plain values on the wire between the judge and the judged: JSON in which every type but None and bool is named.
+"""Plain values on the wire between judge and judged: JSON in which every type but None and bool is named.
 
-    7 → ["i", "0x7"]    "a" → ["u", "61"] (UTF-8)    (0.5,) → ["t", [["f", "0x1.0p-1"]]]    {7: True} → ["d", [[7, true]]]
+    7 → ["i", "0x7"]    "a" → ["u", "61"] (UTF-8)    {7: True} → ["d", [[["i", "0x7"], true]]]
 
 A whitelist by exact type: a subclass of int, or an object with an `__eq__` of its own, is no plain value. What arrives
 is rebuilt by the judge from text, so nothing of the judged process's making is ever called or compared.
-Used on both sides, and there nothing is imported to write: `json` costs the supervisor a third of its start. Left out: numpy arrays, dataclasses, anything with methods.
+Used on both sides; to write, nothing is imported: `json` costs the supervisor a third of its start.
+Left out: numpy arrays, dataclasses, anything with methods.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 MAX_ODD_KEYS = 4096  # keys whose hashes somebody could have chosen to be equal
+MAX_INTEGER_BITS = 400_000  # division of larger ones would take the judge seconds
 _PRIME = 2**61 - 1  # hash(n) is n modulo this
-_SEQUENCES = {list: "l", tuple: "t", set: "s", frozenset: "z"}
-_BACK = {"l": list, "t": tuple, "s": set, "z": frozenset}
+_SEQUENCES: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
+_BACK: dict[str, Any] = {"l": list, "t": tuple, "s": set, "z": frozenset}
 
 
 class NotPlainError(ValueError):
     """A value of another type, too deep, or text that no plain value was written as."""
 
 
-def encode(value: Any, depth: int = 0) -> Any:
+def encode(value: Any, depth: int = 0) -> Any:  # noqa: PLR0911 - one a type
     """`value` as JSON-ready lists. Raises NotPlainError.
 
     >>> encode([1, "a", None])
@@ -37,7 +39,7 @@ def encode(value: Any, depth: int = 0) -> Any:
         return value
     if kind is str:
         return ["u", value.encode("utf-8", "surrogatepass").hex()]
-    if kind is int:
+    if kind is int and value.bit_length() <= MAX_INTEGER_BITS:
         return ["i", hex(value)]
     if kind is float:
         return ["f", value.hex()]
@@ -49,7 +51,7 @@ def encode(value: Any, depth: int = 0) -> Any:
         return [_SEQUENCES[kind], [encode(element, depth + 1) for element in value]]
     if kind is dict:
         return ["d", [[encode(key, depth + 1), encode(element, depth + 1)] for key, element in value.items()]]
-    raise NotPlainError(f"{kind.__name__} is no plain value")
+    raise NotPlainError(f"{kind.__name__} is no plain value, or too large")
 
 
 def dumps(value: Any) -> str:
@@ -102,6 +104,8 @@ def decode(node: Any, depth: int = 0) -> Any:
 
 
 def _scalar(tag: str, content: list[Any]) -> Any:
+    if tag == "i" and len(content[0]) > MAX_INTEGER_BITS // 4 + 3:
+        raise NotPlainError("an integer too large")
     if not all(type(part) is str for part in content) or len(content) != (2 if tag == "c" else 1):
         raise NotPlainError("no tagged value")
     match tag:
