@@ -43,20 +43,20 @@ def both(combine, rows):
     return single
 
 
-ROWS = [(2, 3), (0.5, None), (-1, 4), (0, 0.25), (1, 1)]
+ROWS = [(2, 3), (0.5, None), (-1, 4), (0, 0.25), (1, 1), (0, None)]
 
 
 @pytest.mark.parametrize(
     ("combine", "expected"),
     [
-        (lambda a, b: weighted_sum((a, 1.0), (b, 0.5)), [3.5, 0.5, 1.0, 0.125, 1.5]),
-        (lambda a, b: weighted_sum((a, -2.0), (b, 0.0)), [-4.0, -1.0, 2.0, 0.0, -2.0]),
-        (product, [6.0, 0.5, -4.0, 0.0, 1.0]),
-        (gate, [2.0, 0.5, -1.0, 0.0, 1.0]),
-        (functools.partial(gate, threshold=3.5), [0.0, 0.5, -1.0, 0.0, 0.0]),
-        (functools.partial(gate, threshold=3.5, closed=-0.5), [-0.5, 0.5, -1.0, -0.5, -0.5]),
-        (lambda a, b: gate(b, a, threshold=1.0), [3.0, None, 0.0, 0.0, 1.0]),
-        (lambda a, b: clip(weighted_sum((a, 1.0), (b, 1.0)), 0.3, 2.5), [2.5, 0.5, 2.5, 0.3, 2.0]),
+        (lambda a, b: weighted_sum((a, 1.0), (b, 0.5)), [3.5, 0.5, 1.0, 0.125, 1.5, 0.0]),
+        (lambda a, b: weighted_sum((a, -2.0), (b, 0.0)), [-4.0, -1.0, 2.0, 0.0, -2.0, 0.0]),
+        (product, [6.0, 0.5, -4.0, 0.0, 1.0, 0.0]),
+        (gate, [2.0, 0.5, -1.0, 0.0, 1.0, 0.0]),
+        (functools.partial(gate, threshold=3.5), [0.0, 0.5, -1.0, 0.0, 0.0, 0.0]),
+        (functools.partial(gate, threshold=3.5, closed=-0.5), [-0.5, 0.5, -1.0, -0.5, -0.5, 0.0]),
+        (lambda a, b: gate(b, a, threshold=1.0), [3.0, None, 0.0, 0.0, 1.0, None]),
+        (lambda a, b: clip(weighted_sum((a, 1.0), (b, 1.0)), 0.3, 2.5), [2.5, 0.5, 2.5, 0.3, 2.0, 0.3]),
     ],
 )
 def test_values(combine, expected):

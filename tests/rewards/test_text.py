@@ -91,6 +91,7 @@ def test_squad_exact(completion, answer, expected):
         ("the correct option is B", "B", None, 1.0),
         ("The answer is A or B", "B", None, 0.0),
         ("The answer is B or A", "B", None, 0.0),
+        ("the answer is B; rather, the answer is A or B", "B", None, 0.0),
         ("the answer is A; no, the answer is B", "B", None, 1.0),
         ("</think> the answer is A; the answer is B", "B", None, 0.0),
         ("</think> the answer is B; the answer is B", "B", None, 1.0),
