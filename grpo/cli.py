@@ -1,4 +1,4 @@
-"""The `grpo` command: demo, train, sft, evaluate.
+"""The `grpo` command: demo, train, sft, evaluate, check-rewards.
 
 Exit codes: 0 done, 1 the run failed (the folder is saved), 2 bad input, 75 stopped by a signal (resume it).
 Left out: anything a Python caller could want too. Each command is a few lines over the public classes.
@@ -102,6 +102,39 @@ def evaluate(
     return 0
 
 
+def check_rewards(
+    config: tyro.conf.Positional[ConfigFile],
+    overrides: tyro.conf.Positional[Overrides],
+    /,
+    samples: Annotated[int, tyro.conf.arg(help="rows of data.train to try the functions on")] = 16,
+    difficulty: Annotated[int, tyro.conf.arg(help="prompts to sample from the model; 0 = load no weights")] = 0,
+    model: Annotated[str | None, tyro.conf.arg(help="folder or hub id instead of model.name_or_path")] = None,
+    skip: Annotated[tuple[str, ...], tyro.conf.arg(help="names of tries, or kinds of findings, to leave out")] = (),
+    debug: Debug = False,
+) -> int:
+    """Try the reward functions on right, wrong and hostile completions before training; exit code 1 on errors."""
+    from grpo.check_rewards import check_rewards as check
+    from grpo.check_rewards import measure_difficulty
+    from grpo.config import GRPOConfig
+    from grpo.trainer.console import Console
+
+    if model is not None:
+        overrides = [*overrides, f"model.name_or_path={model}"]
+    resolved = GRPOConfig.from_file(config, overrides)
+    report, console = check(resolved, samples, skip), Console()
+    summary = [(name, *numbers.values()) for name, numbers in report.summary.items()]
+    console.table("rewards", summary, ["function", *next(iter(report.summary.values()))])
+    rows = [(f.level, f.function, f.text, ", ".join(map(str, f.rows[:6])), f.column) for f in report.findings]
+    console.table(f"{len(report.errors)} errors", rows, ("", "function", "finding", "rows", "column"))
+    if difficulty or model is not None:
+        _quiet_library_bars()
+        measured = measure_difficulty(resolved, difficulty or 64, console)
+        histogram = measured.pop("histogram")
+        console.table(f"difficulty for {resolved.model.name_or_path}", [(k, f"{v:.4f}") for k, v in measured.items()])
+        console.table("prompts by pass rate: 0, between, 1", [histogram])
+    return 0 if report.ok else 1
+
+
 def demo(
     seed: Annotated[int, tyro.conf.arg(help="of data, model and sampling")] = 0,
     output_dir: Annotated[
@@ -117,7 +150,13 @@ def demo(
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"demo": demo, "train": train, "sft": sft, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo,
+    "train": train,
+    "sft": sft,
+    "evaluate": evaluate,
+    "check-rewards": check_rewards,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ FLOORS = {
     **dict.fromkeys(["model", "optim", "planner"], 2),
     **dict.fromkeys(["rollout", "scoring", "reward_calls", "reward_isolation", "reward_loading"], 3),
     **dict.fromkeys(["reward_import", "reward_placement", "reward_pool", "reward_served", "reward_spec", "data"], 3),
-    **dict.fromkeys(["trainer", "sft", "export", "evaluate"], 4),
+    **dict.fromkeys(["trainer", "sft", "export", "evaluate", "check_rewards"], 4),
     **dict.fromkeys(["cli", "__main__", "demo"], 5),
 }
 TOP = 5  # also the package `grpo` itself: it offers names of every floor
