@@ -234,6 +234,10 @@ class Pool:
 
     Raises:
         ValueError: `target` is no "module:function", or a number makes no sense.
+
+    >>> with Pool("math:sqrt", timeout=10) as pool:
+    ...     pool.map([[4], [-1]])
+    [2.0, WorkerError('ValueError: math domain error')]
     """
 
     start_timeout = 120.0

@@ -302,7 +302,7 @@ def test_closed_pool_answers_no_more_and_has_no_processes():
         pool.call([1])
 
 
-def test_forgotten_pool_is_closed_and_so_is_that_of_an_interpreter_that_ends():
+def test_forgotten_pool_is_closed_and_so_is_that_of_an_interpreter_that_ends(tmp_path):
     pool = pool_of("add", timeout=5)
     pids = pool.pids
     del pool
@@ -313,7 +313,13 @@ def test_forgotten_pool_is_closed_and_so_is_that_of_an_interpreter_that_ends():
         "raise RuntimeError",
         "import os, signal; import sys; sys.stdout.flush(); os.kill(os.getpid(), 9)",
     ):
-        done = subprocess.run([sys.executable, "-c", program + last], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program + last],
+            env={"TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         pids = [int(pid) for pid in done.stdout.split()]
         assert len(pids) == 2
         assert survivors(*pids) == []
