@@ -3,27 +3,75 @@
     rewards: [{function: "rewards:math_accuracy"}]           in a configuration
     from rewards import math_accuracy, boxed, Score          in Python
 
-Stands alone: needs no torch and nothing of the trainer. Left out until later: code, judges, reward models, adapters,
-combinators, symbolic algebra and generated tasks.
+Stands alone: needs no torch and nothing of the trainer. Beside what is listed here: `rewards.code` (tests of
+model-written code in a sandbox that you name), `rewards.judge`, `rewards.reward_model`, `rewards.adapters` (functions
+written for other trainers), `rewards.tasks` (generated problems), `rewards.worker` (processes that can be killed).
 """
 
-from rewards.extract import after_think, all_boxed, boxed, hash_answer, last_number, xml_tag
-from rewards.formats import think_answer_format
+from rewards.blocks import fenced_code, json_text
+from rewards.check import check
+from rewards.combine import clip, extracted, gate, product, route, schedule, weighted_sum
+from rewards.countdown import countdown
+from rewards.extract import after_think, all_boxed, answer_part, boxed, hash_answer, last_number, xml_tag
+from rewards.formats import partial_tags, strict_tags, think_answer_format, think_format
+from rewards.json_schema import json_schema
+from rewards.language import language_share
+from rewards.length import length_cosine, length_linear, shorter_correct, soft_overlong
+from rewards.math_equality import math_equal, math_verify_accuracy
+from rewards.repetition import token_repetition, word_repetition
 from rewards.score import Score
 from rewards.scorers import exact_match, find_answer, math_accuracy, numeric, parse_number
+from rewards.text import f1, multiple_choice, regex_match, squad_exact
+from rewards.tools import tool_call
 
 __all__ = [
+    # scorers
     "math_accuracy",
+    "math_verify_accuracy",
+    "math_equal",
     "numeric",
     "exact_match",
+    "f1",
+    "squad_exact",
+    "multiple_choice",
+    "regex_match",
+    "json_schema",
+    "tool_call",
+    "countdown",
+    # formats
     "think_answer_format",
+    "think_format",
+    "strict_tags",
+    "partial_tags",
+    # shape of the text
+    "length_linear",
+    "length_cosine",
+    "soft_overlong",
+    "shorter_correct",
+    "token_repetition",
+    "word_repetition",
+    "language_share",
+    # combinators
+    "weighted_sum",
+    "product",
+    "gate",
+    "clip",
+    "schedule",
+    "route",
+    "extracted",
+    # before a run
+    "check",
+    # extractors
     "Score",
     "boxed",
     "all_boxed",
     "xml_tag",
     "after_think",
+    "answer_part",
     "hash_answer",
     "last_number",
     "find_answer",
     "parse_number",
+    "fenced_code",
+    "json_text",
 ]

@@ -11,13 +11,15 @@ import pytest
 import rewards
 
 MODULES = ["rewards", *(f"rewards.{info.name}" for info in pkgutil.iter_modules(rewards.__path__))]
+# Machinery whose example would start a process.
+WITHOUT_EXAMPLES = {"rewards", "rewards.worker", "rewards.worker_main", "rewards.worker_frames"}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_worked_examples(name):
     failures, tried = doctest.testmod(importlib.import_module(name))
     assert failures == 0
-    assert tried > 0 or name == "rewards"
+    assert tried > 0 or name in WITHOUT_EXAMPLES
 
 
 def test_every_public_function_has_a_worked_example():
