@@ -57,6 +57,7 @@ class LocalSandbox:
         self.prefix = prefix
         self._deadline = time.monotonic() + self.limits.total_s
         self._supervisor: _Supervisor | None = None
+        self._lost: str | None = None
 
     def __enter__(self) -> LocalSandbox:
         return self
@@ -66,14 +67,17 @@ class LocalSandbox:
     ) -> None:
         self._close()
 
-    def _close(self) -> None:
+    def _close(self, lost: bool = False) -> None:
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
-            supervisor.close()
+            supervisor.close(lost)
 
     def run(self, request: Request) -> Outcome:
-        """Run the program on one input, once more when the supervisor is lost."""
-        for _ in range(2):
+        """Run the program on one input; where code cannot end the supervisor, once more when that is lost."""
+        reachable = self.tier in ("process", "namespace")
+        for last in (False, True):
+            if self._lost is not None:  # the code did that: a fault would let it choose to be masked
+                return Outcome("error", detail=self._lost)
             if time.monotonic() >= self._deadline:
                 return Outcome("timeout", detail=f"all tests together took {self.limits.total_s:g} s")
             try:
@@ -81,11 +85,12 @@ class LocalSandbox:
                     self._supervisor = _Supervisor(self.tier, self.source, self.limits, self.prefix)
                 return self._supervisor.answer(request)
             except SupervisorLostError as error:
-                self._close()
-                lost = error
-        if self.tier in ("process", "namespace"):  # code can end it there: a fault would let it choose to be masked
-            return Outcome("error", detail=str(lost))
-        raise lost
+                self._close(lost=True)
+                if reachable:
+                    self._lost = str(error)
+                elif last:
+                    raise
+        return Outcome("error", detail=str(self._lost))
 
 
 class _Supervisor:
@@ -183,14 +188,16 @@ class _Supervisor:
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise SupervisorLostError("the supervisor did not answer in time")
 
-    def close(self) -> None:
+    def close(self, lost: bool = False) -> None:
         """End the supervisor and all below it, and remove the folder."""
         process = self.process
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
         try:
-            clean = process.wait(_GRACE_S) == 0  # at the end of its input it ends, with all that it started
+            clean = (
+                not lost and process.wait(_GRACE_S) == 0
+            )  # at the end of its input it ends, with all that it started
         except subprocess.TimeoutExpired:
             clean = False
         if not clean:
