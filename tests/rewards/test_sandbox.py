@@ -22,7 +22,6 @@ def available(tier):
     try:
         probe(tier)
     except SandboxError as error:
-        print(error)
         return str(error)
     return ""
 

@@ -131,15 +131,15 @@ WRITES = {
     "socket file": f"import socket; socket.socket(socket.AF_UNIX).bind({str(OUTSIDE)!r})",
     "by a thread": f"import threading; threading.Thread(target=lambda: {ESCAPE}).start()",
     "by ctypes": f"import ctypes; ctypes.CDLL(None).creat({str(OUTSIDE)!r}.encode(), 0o600)",
-    "memory file run": "import os; d = os.memfd_create('x'); os.write(d, open('/bin/sh', 'rb').read()); os.execve(d, ['sh', '-c', f'touch %s'], {})"
-    % OUTSIDE,
+    "memory file run": f"import os; d = os.memfd_create('x'); os.write(d, open('/bin/sh', 'rb').read()); os.execve(d, ['sh', '-c', f'touch %s'], {})"
+,
 }
 TESTS = [
     {"input": "1\n", "output": SECRET},
     {"function": "f", "args": [1], "expected": SECRET},
     "assert f(1) == 'expected-5417'",
 ]
-LIMITS = Limits(timeout_s=0.5)
+LIMITS = Limits(timeout_s=0.4)
 
 
 def score(tier, source):
