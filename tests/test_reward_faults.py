@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from grpo import GRPOConfig, GRPOTrainer
 from grpo.batch import RolloutBuffer
 from grpo.errors import InputError
 from grpo.packing import pack
@@ -16,7 +17,8 @@ from grpo.scoring import RewardError, RewardSpec, close_pools, load_rewards, pla
 from tests import hostile_rewards as hostiles
 from tests.rewards.test_worker import num_fds, survivors
 from tests.test_scoring import TWO_BY_FOUR, flatten, make_rollouts, without_latencies
-from tests.trainer.test_update import gradients_of, length_reward, make_trainer, rollouts_and_advantages
+from tests.tiny import tiny_model, tokenizer
+from tests.trainer.test_update import ROWS, gradients_of, length_reward, make_trainer, rollouts_and_advantages
 
 HERE = "tests.hostile_rewards:"
 COLUMNS = ["prompt", "answer"]
@@ -43,7 +45,7 @@ def workers():
     """Both functions in processes with a short limit; afterwards nothing of them is left."""
     gc.collect()
     fds = num_fds()
-    rewards = loaded(in_process("hostile", 0.4, max_concurrency=1), length)
+    rewards = loaded(in_process("hostile", 1.5, max_concurrency=1), length)
     batch = loaded(in_process("hostile_batch", 5.0), length)
     seen = set()
     yield {"hostile": rewards, "hostile_batch": batch, "pids": seen}
@@ -245,7 +247,7 @@ def test_the_configuration_says_the_same():
 
 
 def test_run_with_a_slow_a_failing_and_a_hanging_reward_finishes_and_reports_each(tmp_path):
-    rewards = [length_reward, in_process("slow"), in_process("failing"), in_process("hanging", 0.3)]
+    rewards = [length_reward, in_process("slow"), in_process("failing"), in_process("hanging", 1.0)]
     trainer = make_trainer(tmp_path, rewards=rewards, on_error="none", max_steps=2)
     pids = [pid for reward in trainer.rewards if reward.pools for pid in reward.pools[0].pids]
     assert len(pids) == 3 * 5
@@ -263,13 +265,35 @@ def test_run_with_a_slow_a_failing_and_a_hanging_reward_finishes_and_reports_eac
     for one in table:
         assert (one["reward"] is None) == any(f"sort {answer}" in one["prompt"] for answer in ("31", "995"))
         assert (one.get("column/fault") is None) == (one["reward"] is not None)  # absent when a step has no fault
-    assert all(0.02 <= row["rewards/slow/p50_s"] < 0.3 and row["rewards/slow/error_frac"] == 0 for row in rows)
-    assert max(row["rewards/hanging/p99_s"] for row in rows) >= 0.3
+    assert all(0.02 <= row["rewards/slow/p50_s"] < 1 and row["rewards/slow/error_frac"] == 0 for row in rows)
+    assert max(row["rewards/hanging/p99_s"] for row in rows) >= 1.0
     assert {"mean", "std", "in_group_std", "none_frac", "error_frac", "timeout_frac", "p50_s", "p99_s"} <= {
         name.rpartition("/")[2] for name in rows[0] if name.startswith("rewards/slow/")
     }
-    pids += [pid for reward in trainer.rewards if reward.pools for pid in reward.pools[0].pids]
-    close_pools(trainer.rewards)
+    assert survivors(*pids) == []  # ended with the run
+
+
+def test_where_a_reward_runs_comes_from_the_configuration(tmp_path):
+    config = {
+        "functions": [
+            {"function": HERE + "hanging", "where": "process", "name": "late", "on_error": "none"},
+            {"function": HERE + "scores", "weight": 0.5},
+        ],
+        "timeout": 1.0,
+    }
+    text = tokenizer()
+    values = dict(prompts_per_step=4, num_generations=2, max_completion_length=6, max_steps=1)
+    trainer = GRPOTrainer(
+        tiny_model(vocab_size=len(text)),
+        args=GRPOConfig(output_dir=str(tmp_path / "run"), rewards=config, **values),
+        train_dataset=ROWS,
+        processing_class=text,
+    )
+    pids = [pid for reward in trainer.rewards if reward.pools for pid in reward.pools[0].pids]
+    assert pids
+    (row,) = trainer.steps()
+    assert "rewards/late/timeout_frac" in row
+    assert [reward.weight for reward in trainer.rewards] == [1.0, 0.5]
     assert survivors(*pids) == []
 
 

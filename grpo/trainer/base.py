@@ -136,10 +136,18 @@ class BaseTrainer:
             self.folder.write_facts()
             yield from self._loop()
         finally:
+            self.release()
             self.folder.close()
 
+    def notes(self) -> Sequence[str]:
+        """Lines for the start of a run."""
+        return self.policy.notes()
+
+    def release(self) -> None:
+        """End what must not outlive a run (worker processes)."""
+
     def _loop(self) -> Iterator[dict[str, Any]]:
-        for line in (*self.policy.notes(), *getattr(self.config, "translations", ())):
+        for line in (*self.notes(), *getattr(self.config, "translations", ())):
             self.say(line)
         with ProgressView(Path(self.config.output_dir).name, self.config.max_steps, stream=self.console.stream) as view:
             self.view = view

@@ -6,7 +6,7 @@ Left out: the run itself. Nothing here is kept; the trainer owns the parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from grpo.model.load import (
 )
 from grpo.model.policy import Policy
 from grpo.rollout.hf_engine import HFEngine
-from grpo.scoring import Reward, check_columns, load_rewards
+from grpo.scoring import Reward, RewardSpec, check_columns, load_rewards
 from grpo.seeds import seed_for
 from grpo.trainer.console import Console
 
@@ -177,11 +177,11 @@ def _room(config: GRPOConfig, model: Any) -> int | None:
 
 def _rewards(config: GRPOConfig, reward_funcs: Any, columns: set[str]) -> list[Reward]:
     if reward_funcs is None:
-        functions: Sequence[str | Callable[..., Any]] = [entry.function for entry in config.rewards.functions]
-        weights: list[float] | None = [entry.weight for entry in config.rewards.functions]
+        functions: Sequence[Any] = [RewardSpec(**entry.model_dump()) for entry in config.rewards.functions]
+        weights: list[float] | None = None
     else:
         functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         weights = config.rewards.weights
     if not functions:
         raise InputError("rewards is empty (want at least one function: `rewards: [{function: module:name}]`)")
-    return load_rewards(functions, weights, columns)
+    return load_rewards(functions, weights, columns, config.rewards.timeout)

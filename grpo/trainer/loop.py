@@ -22,7 +22,7 @@ from grpo.errors import InputError, RunError
 from grpo.evaluate import evaluate_rollouts
 from grpo.packing import pack, packing_metrics
 from grpo.rollout.engine import RolloutEngine, Sampling
-from grpo.scoring import FaultBudget, merge_scored, score, select_groups
+from grpo.scoring import FaultBudget, close_pools, merge_scored, placement_lines, score, select_groups
 from grpo.seeds import seed_for
 from grpo.trainer.base import BaseTrainer, default_console
 from grpo.trainer.build import build_parts
@@ -97,6 +97,14 @@ class GRPOTrainer(BaseTrainer):
         self.buffer: RolloutBuffer | None = None
         self.empty_in_a_row = 0
         self.fault_budget = FaultBudget()
+
+    def notes(self) -> Sequence[str]:
+        """Also where the rewards run."""
+        return [*super().notes(), *placement_lines(self.rewards)]
+
+    def release(self) -> None:
+        """End the rewards' worker processes; a later call starts new ones."""
+        close_pools(self.rewards)
 
     # --- the loop --------------------------------------------------------------------------------------------
 
