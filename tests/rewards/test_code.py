@@ -98,6 +98,7 @@ def test_the_last_block_after_the_reasoning(completion, code):
         ("3", "3 7 9", 0, False),
         ("3 7 9 1", "3 7 9", 0, False),
         ("3\n7", "3 7", 0, False),
+        ("3\n7", "3\n8", 0, False),
         (" 3", "3", 0, False),
         ("", "", 0, True),
         ("0.50", "0.5", 0, False),

@@ -370,7 +370,7 @@ def test_remote_outcomes(service, run, status):
 
 @pytest.mark.parametrize(
     "reply",
-    [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 503 busy\r\n\r\n{}", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n[1]",
+    [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 503 busy\r\n\r\n" + json.dumps(GOOD).encode(), b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n[1]",
      b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}", b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, {}, {"run": None},
      {"run": {"code": 0}}, {"run": {"stdout": 7, "code": 0}}, {"message": "out of memory"}],
 )  # fmt: skip

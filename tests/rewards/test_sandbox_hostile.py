@@ -131,8 +131,7 @@ WRITES = {
     "socket file": f"import socket; socket.socket(socket.AF_UNIX).bind({str(OUTSIDE)!r})",
     "by a thread": f"import threading; threading.Thread(target=lambda: {ESCAPE}).start()",
     "by ctypes": f"import ctypes; ctypes.CDLL(None).creat({str(OUTSIDE)!r}.encode(), 0o600)",
-    "memory file run": f"import os; d = os.memfd_create('x'); os.write(d, open('/bin/sh', 'rb').read()); os.execve(d, ['sh', '-c', f'touch %s'], {})"
-,
+    "memory file run": f"import os; d = os.memfd_create('x'); os.write(d, open('/bin/sh', 'rb').read()); os.execve(d, ['sh', '-c', 'touch {OUTSIDE}'], {{}})",
 }
 TESTS = [
     {"input": "1\n", "output": SECRET},
