@@ -49,7 +49,7 @@ ACTS = {  # name -> (what it does, what the fault says)
     "memory_error": (lambda: _raise(MemoryError()), "raised MemoryError"),
     "recursion": (_recurse, "raised RecursionError"),
 }
-_KILLED = "gave no answer within 0.4 s (its worker was killed)"
+_KILLED = "gave no answer within 1.5 s (its worker was killed)"
 _ENDED = "the worker ended with "
 PROCESS_ACTS = {  # only where they can be ended
     "sleeps": (lambda: time.sleep(60), _KILLED),

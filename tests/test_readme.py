@@ -59,7 +59,7 @@ def test_the_python_example_names_real_things(monkeypatch):
 
 
 def test_commands_and_targets_exist():
-    for command in re.findall(r"^\| `grpo (\w+)", README, re.MULTILINE):
+    for command in re.findall(r"^\| `grpo ([\w-]+)", README, re.MULTILINE):
         assert command in grpo.cli.COMMANDS
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
