@@ -113,6 +113,7 @@ def test_a_label_that_another_function_takes_over_is_no_mistake():
         (think_answer_format, MATH),
         (exact_match, [{"prompt": f"spell {n}", "answer": word} for n, word in enumerate(["ab", "abc", "b"])]),
         (lambda completion: -len(completion) / 1e5, MATH),
+        (lambda completion: -min(len(completion) / 30, 1.0), MATH),  # line breaks cost it something
         (lambda completion_ids, completions: [min(1.0, len(ids) / 100) for ids in completion_ids], MATH),
         (lambda completion, answer: Score(0.1 + 0.9 * math_accuracy(completion, answer), note="x"), MATH),
     ],

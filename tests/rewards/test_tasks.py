@@ -148,6 +148,10 @@ def test_names_and_numbers_are_checked():
     assert len(tasks.from_uri("tasks:sorting")) == 1000
 
 
+def test_countdown_wants_every_number():
+    assert tasks.scorer("countdown")("<answer>5 + 5</answer>", 10, [5, 5, 3]) == 0.0
+
+
 def test_one_final_answer():
     assert final_answer("<think>a") is None and final_answer("") is None and final_answer("a\0") is None
     assert final_answer("<answer> a </answer> b") == "a" and final_answer("#### a\n#### b") is None
