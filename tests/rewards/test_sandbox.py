@@ -420,3 +420,40 @@ def test_remote_calls(service, source, status, value):
         outcome = box.run(Request(call=["call", "f", [["i", "0x3"]], []]))
     assert (outcome.status, outcome.value) == (status, value)
     assert "expected" not in json.dumps(service.seen)
+
+
+# --- layers at work ----------------------------------------------------------------------------------------------
+
+REACHED = """
+import os, signal, socket
+def fork():
+    if os.fork() == 0: os._exit(0)
+tries = dict(fork=fork, kill=lambda: os.kill(os.getppid(), 0), socket=lambda: socket.socket().close(),
+             memfd=lambda: os.memfd_create("x"), exec=lambda: os.execv("/nowhere", ["x"]), session=lambda: os.setpgid(0, 0),
+             passwd=lambda: open("/etc/passwd").close(), proc=lambda: open("/proc/self/environ").close(),
+             program=lambda: open("/bin/sh", "rb").close())
+for name, act in tries.items():
+    try: act()
+    except PermissionError: continue
+    except OSError: pass
+    print(name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tier", "missing"),
+    [
+        ("process", set()),
+        ("confined", {"fork", "kill", "socket", "memfd", "exec", "session", "passwd", "proc", "program"}),
+        ("bubblewrap", {"fork", "kill", "socket", "memfd", "exec", "session"}),
+    ],
+)
+def test_what_a_test_reaches(tier, missing):
+    if MISSING[tier]:
+        pytest.skip(MISSING[tier])
+    with open_sandbox(tier, REACHED) as box:
+        outcome = box.run(Request())
+    every = {"fork", "kill", "socket", "memfd", "exec", "session", "passwd", "proc", "program"}
+    reached = set(outcome.stdout.split())
+    assert outcome.status == "ok" and not reached & missing
+    assert tier != "process" or reached >= every - {"session"}  # the same program does reach them without layers
