@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import socketserver
 import struct
 import threading
@@ -380,10 +381,11 @@ def test_an_outage_is_a_fault(service, reply):
         box.run(Request())
 
 
-def test_no_service_is_a_fault(service):
-    service.server_close()
-    with pytest.raises(SandboxError, match="ConnectionRefusedError"):
-        probe("remote", url=service.url)
+def test_no_service_is_a_fault():
+    with socket.socket() as held:  # bound and not listening: nobody else answers there
+        held.bind(("127.0.0.1", 0))
+        with pytest.raises(SandboxError, match="ConnectionRefusedError"):
+            probe("remote", url=f"http://127.0.0.1:{held.getsockname()[1]}/")
 
 
 def test_a_slow_answer_and_a_large_one_are_faults(service):
