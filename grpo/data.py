@@ -57,6 +57,13 @@ def load_table(source: Any, field: str, split: str = "train") -> Table:
 
 
 def _read(source: str, field: str, split: str) -> Rows:
+    if source.startswith("tasks:"):  # problems made on the spot
+        from rewards.tasks import from_uri
+
+        try:
+            return from_uri(source)
+        except ValueError as error:
+            raise InputError(f"{field}: {error}") from None
     path = Path(source).expanduser()
     if path.is_file() and path.suffix in _SUFFIXES:
         reader = {".csv": _read_csv, ".parquet": _read_parquet, ".json": _read_json}.get(path.suffix, _read_jsonl)

@@ -32,14 +32,10 @@ MAX_WEIGHT = 1e6
 ONLY_BY_NAME = "messages"  # many datasets have such a column: `**kwargs` gets the column, not ours
 
 _FOREIGN = {  # a parameter that gives away where a function comes from -> how to wrap it
-    "solution_str": "looks like verl's; wrap it: "
-    "def reward(completion, ground_truth): return compute_score(None, completion, ground_truth)",
-    "queries": "looks like OpenRLHF's; wrap it: def reward(prompts, completions, labels): "
-    "return reward_func([p + c for p, c in zip(prompts, completions)], prompts, labels)['rewards'].tolist()",
-    "entry": "looks like reasoning-gym's; wrap it: def reward(completion, question, answer, metadata): "
-    "return dataset.score_answer(completion, dict(question=question, answer=answer, metadata=metadata))",
-    "state": "looks like a verifiers rubric; wrap it: "
-    "def reward(prompt, completion, answer): return rubric(prompt, completion, answer, state={})",
+    "solution_str": "looks like verl's; wrap it: rewards.adapters.from_verl(compute_score)",
+    "queries": "looks like OpenRLHF's; wrap it: rewards.adapters.from_openrlhf(reward_func)",
+    "entry": "looks like reasoning-gym's; wrap it: rewards.adapters.from_reasoning_gym(dataset)",
+    "state": "looks like a verifiers rubric's; wrap it: rewards.adapters.from_verifiers(function)",
     "self": "is a method of a class; give one that is bound to an object",
 }
 

@@ -185,3 +185,17 @@ def test_the_stream_is_a_permutation_per_epoch_and_resumes_anywhere():
         tail = PromptStream(prompts, seed=3, consumed=first.consumed).take(25 - cut)
         assert [(p.epoch, p.id) for p in head + tail] == whole
     assert [p.id for p in PromptStream(prompts, seed=3, shuffle=False).take(8)] == [0, 1, 2, 3, 4, 5, 6, 0]
+
+
+def test_generated_tasks_are_data_by_name():
+    from rewards.tasks import make
+
+    table = load_table("tasks:sorting?count=5&seed=3&difficulty=2", "data.train")
+    assert list(table.rows) == make("sorting", 5, seed=3, difficulty=2)
+
+
+@pytest.mark.parametrize("uri", ["tasks:nothing", "tasks:sorting?size=3", "tasks:sorting?count=many"])
+def test_a_task_that_does_not_exist_is_one_line(uri):
+    with pytest.raises(InputError, match="data.train: ") as error:
+        load_table(uri, "data.train")
+    assert len(error.value.lines) == 1
