@@ -111,11 +111,18 @@ def _checked_name(name: str, label: str) -> str:
 
 
 def placement_lines(rewards: Sequence[Reward]) -> list[str]:
-    """One line for each place where functions run, for the start of a run."""
+    """One line for each place where functions run, for the start of a run, and what a function says of itself.
+
+    A reward that runs model-written code tells by `describe()` in which sandbox, and what that leaves open.
+    """
     lines = []
     for where, say in _PLACES.items():
         names = [reward for reward in rewards if reward.where == where]
         lines += [f"rewards {say}: {', '.join(_placement(reward) for reward in names)}"] if names else []
+    for reward in rewards:
+        describe = getattr(reward.function, "describe", None)
+        if callable(describe):
+            lines.append(f"reward {reward.name}: {describe()}")
     return lines
 
 

@@ -327,3 +327,12 @@ def test_importing_the_workers_side_is_light():
     [pid, *_] = rewards[0].pools[0].pids
     assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
     close_pools(rewards)
+
+
+def test_the_sandbox_of_a_code_reward_is_named_at_the_start():
+    from rewards.code import code_tests
+
+    rewards = load_rewards([code_tests(tier="process"), length], None, ["prompt", "tests"])
+    lines = placement_lines(rewards)
+    (line,) = [line for line in lines if "does not protect against" in line]
+    assert "tier process" in line
