@@ -103,6 +103,10 @@ class Policy:
         self._reference: Any = copy.deepcopy(self.causal_lm).requires_grad_(False) if keep_reference else None
         self.checkpointer: Checkpointer | None = None
         self.layers = checkpointable_layers(self.backbone)
+        for layer in self.layers:
+            # Whoever switched checkpointing on before: a recomputation of theirs would run outside our attention.
+            vars(layer).pop("gradient_checkpointing", None)
+            vars(layer).pop("_gradient_checkpointing_func", None)
         layers = self.layers if self.causal_lm.supports_gradient_checkpointing else []
         self.lacks_checkpointing = activation_checkpointing != "none" and not layers
         if activation_checkpointing != "none" and layers:

@@ -91,6 +91,21 @@ def test_layers_run_twice_under_checkpointing_and_once_without_gradient():
     assert len(counts) == len(policy.backbone.layers)
 
 
+@pytest.mark.parametrize("before", ["ours", "transformers"])
+def test_none_means_none_whoever_switched_it_on_before(before):
+    wanted = gradients(Policy(adapted(), fused_kernels=False), bins())
+    model, counts = adapted(), []
+    if before == "ours":
+        Policy(model, activation_checkpointing="recompute")
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, fused_kernels=False)
+    for layer in policy.backbone.layers:
+        layer.mlp.register_forward_hook(lambda *_: counts.append(1))
+    assert_same(gradients(policy, bins()), wanted)
+    assert len(counts) == len(policy.backbone.layers) * len(bins())
+
+
 def test_scoring_in_between_leaves_checkpointing_on():
     """Layers run once while scoring and twice again afterwards."""
     policy, counts = Policy(adapted(), activation_checkpointing="offload"), []
