@@ -114,17 +114,7 @@ def measure_difficulty(config: GRPOConfig, num_prompts: int, console: Any) -> di
     from grpo.trainer.build import build_parts
 
     parts = build_parts(config, None, None, (None, None), None, None, console)
-    rollout = config.rollout
-    sampling = Sampling(
-        rollout.num_generations,
-        rollout.max_completion_length,
-        rollout.temperature,
-        rollout.top_p,
-        rollout.top_k,
-        rollout.min_p,
-        parts.stop_token_ids,
-        seed_for(config.seed, "difficulty"),
-    )
+    sampling = Sampling.of(config.rollout, parts.stop_token_ids, seed_for(config.seed, "difficulty"))
     prompts = [replace(prompt) for prompt in parts.data.take(min(num_prompts, len(parts.data.prompts)))]
     with parts.engine.awake():
         parts.engine.load_weights(parts.policy)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from grpo.batch import Prompt, Rollouts
+from grpo.config import RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,20 @@ class Sampling:
     min_p: float
     stop_token_ids: tuple[int, ...]
     seed: int
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, stop_token_ids: tuple[int, ...], seed: int) -> Sampling:
+        """As the configuration's rollout section has it."""
+        return cls(
+            num_generations=rollout.num_generations,
+            max_completion_length=rollout.max_completion_length,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            stop_token_ids=stop_token_ids,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True)

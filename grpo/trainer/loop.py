@@ -244,17 +244,8 @@ class GRPOTrainer(BaseTrainer):
         return self.config.objective.zero_variance != "keep" and not self._acts_without_advantage
 
     def _sampling(self) -> Sampling:
-        rollout = self.config.rollout
-        return Sampling(
-            rollout.num_generations,
-            rollout.max_completion_length,
-            rollout.temperature,
-            rollout.top_p,
-            rollout.top_k,
-            rollout.min_p,
-            self.stop_token_ids,
-            seed_for(self.config.seed, "rollout", self.step),
-        )
+        seed = seed_for(self.config.seed, "rollout", self.step)
+        return Sampling.of(self.config.rollout, self.stop_token_ids, seed)
 
     def _check_progress(self, buffer: RolloutBuffer) -> None:
         self.empty_in_a_row = 0 if buffer.batches else self.empty_in_a_row + 1
