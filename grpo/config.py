@@ -29,7 +29,10 @@ from pydantic_core import ErrorDetails
 
 from grpo.algorithm.recipes import RECIPES, check_objective
 from grpo.errors import InputError, clip
+from grpo.sizes import parse_bytes
 from grpo.trl_names import FLAT_ALIASES, translate
+
+MAX_ENGINE_RANK = 512  # of an adapter that vLLM serves
 
 
 def _no_bool(value: Any) -> Any:
@@ -144,7 +147,11 @@ class RewardsConfig(Section):
 class RolloutConfig(Section):
     """How completions are sampled."""
 
-    engine: Literal["hf"] = Field("hf", description="hf: the policy samples from itself")
+    engine: Literal["hf", "vllm", "server"] = Field(
+        "hf",
+        description="hf: the policy samples from itself; vllm: an engine in this process, on the same GPU; server: "
+        "running `vllm serve` processes",
+    )
     num_generations: Int = Field(8, ge=2, description="completions per prompt, the group")
     max_completion_length: Int = Field(1024, ge=1, description="tokens; KV cache and bins grow with it")
     temperature: Float = Field(1.0, gt=0, description="of sampling and of the policy's log-probs")
@@ -155,6 +162,34 @@ class RolloutConfig(Section):
         False, description="permit top_p, top_k, min_p in training (sampler and policy then differ)"
     )
     max_sequences: Int = Field(256, ge=1, description="sequences decoded at once; KV cache grows with it")
+    kv_cache: Annotated[float | str, BeforeValidator(_no_bool)] = Field(
+        "auto",
+        description="vllm: memory of the KV cache while sampling; a size (24GB), a share of the GPU (0.4), or auto: "
+        "what the rest leaves",
+    )
+    share_weights: bool | Literal["auto"] = Field(
+        "auto",
+        description="vllm: frozen base weights exist once on the GPU, the trainer sees the engine's; auto: where the "
+        "model allows it, and what prevents it is printed; true: or refuse",
+    )
+    cuda_graphs: bool = Field(True, description="vllm: faster decoding; about a minute more at start")
+    servers: list[str] = Field(default_factory=list, description="server: http://host:port of each `vllm serve`")
+    server_adapter_dir: str | None = Field(
+        None, description="server: folder that trainer and servers both see, for adapters; null = in output_dir"
+    )
+    server_timeout_s: Float = Field(600, gt=0, description="server: seconds a request may take before it is retried")
+
+    @field_validator("kv_cache")
+    @classmethod
+    def _size_or_share(cls, value: float | str) -> float | str:
+        if value == "auto" or (isinstance(value, float) and 0 < value < 1):
+            return value
+        try:
+            if parse_bytes(value) < 2**20:
+                raise ValueError
+        except ValueError:
+            raise ValueError("want auto, a size like 24GB, or a share of the GPU between 0 and 1") from None
+        return value
 
 
 class ObjectiveConfig(Section):
@@ -402,7 +437,7 @@ class GRPOConfig(RunConfig):
                 f"{', '.join(truncated)} (the sampler then differs from the policy; want "
                 "rollout.allow_truncated_sampling: true, or the knob off)"
             )
-        return problems + check_objective(self.objective.recipe, **objective_knobs(self))
+        return problems + _engine_contradictions(self) + check_objective(self.objective.recipe, **objective_knobs(self))
 
 
 class SFTConfig(RunConfig):
@@ -416,6 +451,28 @@ class SFTConfig(RunConfig):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
+
+
+def _engine_contradictions(config: GRPOConfig) -> list[str]:
+    rollout = config.rollout
+    problems = []
+    if rollout.engine == "server" and not rollout.servers:
+        problems.append('rollout.servers is empty beside rollout.engine "server" (want http://host:port of each)')
+    if rollout.engine != "server" and rollout.servers:
+        problems.append(f'rollout.servers is given beside rollout.engine {rollout.engine!r} (want "server")')
+    if rollout.engine == "server" and config.adapter is None:
+        problems.append(
+            'rollout.engine is "server" without an adapter section (want one: only adapters are sent to servers)'
+        )
+    if rollout.engine != "hf" and config.adapter is not None and config.adapter.r > MAX_ENGINE_RANK:
+        problems.append(f"adapter.r is {config.adapter.r} (want at most {MAX_ENGINE_RANK}: vLLM serves no larger one)")
+    if rollout.engine == "vllm" and config.model.device.startswith("cpu"):
+        problems.append('rollout.engine is "vllm" with model.device "cpu" (want hf, or a CUDA device)')
+    if rollout.engine == "vllm" and rollout.share_weights is True and config.adapter is None:
+        problems.append(
+            "rollout.share_weights is true without an adapter section (want auto: a trained base is copied)"
+        )
+    return problems
 
 
 def objective_knobs(config: GRPOConfig) -> dict[str, Any]:

@@ -57,12 +57,10 @@ _REFUSED = {
     "sync_ref_model": "the reference stays fixed; restart from the trained model instead",
     "use_adaptive_entropy": "use entropy_coef",
     "num_train_epochs": "use max_steps",
-    "use_vllm": "the vllm engine is not available yet; use rollout.engine: hf",
-    "vllm_mode": "the vllm engine is not available yet; use rollout.engine: hf",
-    "vllm_gpu_memory_utilization": "the vllm engine is not available yet; use rollout.engine: hf",
+    "vllm_gpu_memory_utilization": "use rollout.kv_cache: auto, a size like 24GB or a share of the GPU",
     "fp16": "use bf16: true or model.dtype: float32",
 }
-_HARMLESS = {"use_vllm": False, "use_liger_kernel": False, "sync_ref_model": False, "fp16": False}
+_HARMLESS = {"use_liger_kernel": False, "sync_ref_model": False, "fp16": False}
 
 
 def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -92,9 +90,22 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     if values.get("recipe") == "vespo":
         problems.append("loss_type is 'vespo' (want one of the recipes; gspo or cispo come nearest)")
         values.pop("recipe")
+    _engine(values, rename, problems)
     _sampler_correction(values, rename)
     _batch_size(values, rename, problems)
     return values, notes, problems
+
+
+def _engine(values: dict[str, Any], rename: Any, problems: list[str]) -> None:
+    """use_vllm and vllm_mode → rollout.engine; vllm_server_base_url → rollout.servers."""
+    use, mode = values.pop("use_vllm", None), values.pop("vllm_mode", "colocate")
+    url = values.pop("vllm_server_base_url", None)
+    if mode not in ("colocate", "server"):
+        problems.append(f"vllm_mode is {mode!r} (want colocate or server)")
+    elif use:
+        rename("use_vllm", "engine", "vllm" if mode == "colocate" else "server")
+        if mode == "server" and url is not None:
+            rename("vllm_server_base_url", "servers", [url])
 
 
 def _sampler_correction(values: dict[str, Any], rename: Any) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Every module and package directly below grpo/, and its floor. A package's floor is that of all its modules.
 FLOORS = {
-    **dict.fromkeys(["batch", "config", "errors", "ledger", "packing", "seeds", "trl_names", "algorithm"], 0),
+    **dict.fromkeys(["batch", "config", "errors", "sizes", "ledger", "packing", "seeds", "trl_names", "algorithm"], 0),
     **dict.fromkeys(["kernels"], 1),
     **dict.fromkeys(["model", "optim", "planner"], 2),
     **dict.fromkeys(["rollout", "scoring", "reward_calls", "reward_isolation", "reward_loading"], 3),
