@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every module and package directly below grpo/, and its floor. A package's floor is that of all its modules.
 FLOORS = {
     **dict.fromkeys(["batch", "config", "errors", "sizes", "ledger", "packing", "seeds", "trl_names", "algorithm"], 0),
+    **dict.fromkeys(["bench_search"], 0),
     **dict.fromkeys(["kernels"], 1),
-    **dict.fromkeys(["model", "optim", "planner"], 2),
+    **dict.fromkeys(["model", "optim", "planner", "bench_models", "bench_step", "bench_card"], 2),
     **dict.fromkeys(["rollout", "scoring", "reward_calls", "reward_isolation", "reward_loading"], 3),
     **dict.fromkeys(["reward_import", "reward_placement", "reward_pool", "reward_served", "reward_spec", "data"], 3),
     **dict.fromkeys(["trainer", "sft", "export", "evaluate", "check_rewards"], 4),
-    **dict.fromkeys(["cli", "__main__", "demo"], 5),
+    **dict.fromkeys(["cli", "__main__", "demo", "bench", "bench_peers"], 5),
 }
 TOP = 5  # also the package `grpo` itself: it offers names of every floor
 WITHOUT_CONFIG = ("grpo.algorithm", "grpo.kernels")
@@ -31,13 +32,14 @@ WITHOUT_CONFIG = ("grpo.algorithm", "grpo.kernels")
 DOORS = {
     "vllm": ["grpo.rollout.vllm_engine"],
     "peft": ["grpo.model.adapter"],
-    "bitsandbytes": ["grpo.model.load", "grpo.optim"],
+    "bitsandbytes": ["grpo.model.load", "grpo.optim", "grpo.bench_models"],
     "wandb": ["grpo.trainer.metrics"],
     "trackio": ["grpo.trainer.metrics"],
     "tensorboard": ["grpo.trainer.metrics"],
     "tensorboardX": ["grpo.trainer.metrics"],
     "torch.utils.tensorboard": ["grpo.trainer.metrics"],
-    "datasets": ["grpo.data"],
+    "datasets": ["grpo.data", "grpo.bench_peers"],
+    "trl": ["grpo.bench_peers"],
     "triton": ["grpo.kernels.*_triton"],
 }
 TALKERS = ["grpo.cli", "grpo.__main__", "grpo.demo"]
@@ -297,12 +299,16 @@ FORBIDDEN = [
     ("grpo.rollout.hf_engine", "def f():\n    import vllm", "only grpo.rollout.vllm_engine may"),
     ("grpo.cli", "from vllm.sampling_params import SamplingParams", "only grpo.rollout.vllm_engine may"),
     ("grpo.model.policy", "from peft import PeftModel", "only grpo.model.adapter may"),
-    ("grpo.model.policy", "import bitsandbytes as bnb", "only grpo.model.load and grpo.optim may"),
+    (
+        "grpo.model.policy",
+        "import bitsandbytes as bnb",
+        "only grpo.model.load and grpo.optim and grpo.bench_models may",
+    ),
     ("grpo.trainer.loop", "import wandb", "only grpo.trainer.metrics may"),
     ("grpo.trainer.loop", "import trackio", "only grpo.trainer.metrics may"),
     ("grpo.trainer.loop", "from torch.utils.tensorboard import SummaryWriter", "only grpo.trainer.metrics may"),
     ("grpo.trainer.loop", "from torch.utils import tensorboard", "only grpo.trainer.metrics may"),
-    ("grpo.trainer.build", "from datasets import Dataset", "only grpo.data may"),
+    ("grpo.trainer.build", "from datasets import Dataset", "only grpo.data and grpo.bench_peers may"),
     ("grpo.kernels.logprobs", "import triton", "only grpo.kernels.*_triton may"),
     ("grpo.model.rope_triton", "import triton.language", "only grpo.kernels.*_triton may"),
     ("rewards.judge", "__import__('vllm')", "only grpo.rollout.vllm_engine may"),
