@@ -18,7 +18,6 @@ Left out: the optimizer step (bench_sft.py has whole training runs).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -29,31 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo.bench_models import SHAPES, model_config, random_model
 from grpo.config import SFTConfig
 from grpo.packing import Document, pack_documents, packing_metrics
 from grpo.trainer.build import build_policy
-from profiling.measure import device_slug, environment, measure
+from profiling.measure import device_slug, environment, measure, write_json
 
 HERE = Path(__file__).parent
 IGNORED = -100
 METHODS = ("padded", "packed, stock layers", "packed")
-WIDTHS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {  # family, WIDTHS
-    "qwen3-0.6b": ("Qwen3", (1024, 3072, 28, 16, 8, 128, 151_936, True)),
-    "qwen3-1.7b": ("Qwen3", (2048, 6144, 28, 16, 8, 128, 151_936, True)),
-    "llama-3.1-8b": ("Llama", (4096, 14_336, 32, 32, 8, 128, 128_256, False)),
-    "toy-qwen3": ("Qwen3", (32, 48, 2, 4, 2, 8, 64, True)),
-    "toy-llama": ("Llama", (32, 48, 2, 4, 2, 8, 64, False)),
-}
+TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 
 
 def mixed_lengths(count: int, seed: int, longest: int = 1024) -> list[int]:
@@ -64,23 +48,6 @@ def mixed_lengths(count: int, seed: int, longest: int = 1024) -> list[int]:
         draw.randint(longest // 32, quarter) if draw.random() < 0.6 else draw.randint(quarter + 1, longest)
         for _ in range(count)
     ]
-
-
-def widths(shape: str) -> dict[str, int]:
-    """What a configuration of the family calls them."""
-    return dict(zip(WIDTHS, SHAPES[shape][1], strict=True))
-
-
-def random_model(shape: str, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A causal LM of one of SHAPES with random weights, made on `device`."""
-    import transformers
-
-    config = getattr(transformers, f"{SHAPES[shape][0]}Config")(
-        **widths(shape), max_position_embeddings=131_072, bos_token_id=None, eos_token_id=1, pad_token_id=0
-    )
-    torch.manual_seed(seed)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 # --- the case --------------------------------------------------------------------------------------------------------
@@ -108,7 +75,7 @@ class Case:
 
     def documents(self) -> list[Document]:
         draw = random.Random(f"ids-{self.seed}")
-        vocabulary = widths(self.shape)["vocab_size"]
+        vocabulary = model_config(self.shape).vocab_size
         found = []
         for row, length in enumerate(self.lengths):
             ids = [draw.randrange(2, vocabulary) for _ in range(length)]
@@ -179,7 +146,7 @@ class Method:
 def make_method(name: str, case: Case) -> Method:
     """A method with a model of its own; all of them have the same weights."""
     make = padded if name == "padded" else packed
-    model = random_model(case.shape, case.device, case.dtype)
+    model = random_model(case.shape, case.device, case.dtype, **TOKENS)
     method = make(name, case, model, case.documents())
     _randomise_adapters(method.module, case.seed)
     method.module.train()
@@ -312,8 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = {**vars(case), "device": str(device), "tokens": sum(case.lengths)}
     results = {"environment": environment(device, given.commit), "case": facts, "methods": lines}
     out = given.out or HERE / "results" / device_slug(device) / "packing.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     print(f"{case.shape}, {case.rows} rows, {sum(case.lengths):,} tokens, {results['environment']['device']}")
     print(table(results))
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import string
 import tempfile
@@ -34,11 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo.bench_models import SHAPES, quantise, random_model
 from grpo.config import SFTConfig
 from grpo.demo import make_tokenizer
 from grpo.sft import SFTTrainer
-from profiling.bench_packing import IGNORED, SHAPES, mixed_lengths, padded_utilization, random_model
-from profiling.measure import GIB, device_slug, environment
+from profiling.bench_packing import IGNORED, TOKENS, mixed_lengths, padded_utilization
+from profiling.measure import GIB, device_slug, environment, write_json
 
 HERE = Path(__file__).parent
 METHODS = ("padded", "packed")
@@ -83,35 +83,8 @@ class Case:
         return found
 
     def model(self) -> nn.Module:
-        model = random_model(self.shape, self.device, self.dtype, self.seed)
-        return quantised(model) if self.load_in_4bit else model
-
-
-def quantised(model: Any) -> Any:
-    """The linear layers of `model`, less its LM head, as NF4 with double quantisation, in place, one at a time."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is not nn.Linear or module is head:
-                continue
-            weight = module.weight.data
-            bias = module.bias is not None
-            small = Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias,
-                compute_dtype=weight.dtype,
-                quant_type="nf4",
-                device="meta",
-            )
-            small.weight = Params4bit(weight, requires_grad=False, quant_type="nf4").to(weight.device)
-            small.bias = module.bias
-            small.support_avx512bf16_for_cpu = False  # that CPU layout loses the input gradient
-            setattr(parent, name, small)
-    model.is_loaded_in_4bit = True  # peft asks for it
-    return model
+        model = random_model(self.shape, self.device, self.dtype, seed=self.seed, **TOKENS)
+        return quantise(model) if self.load_in_4bit else model
 
 
 # --- the two trainers ------------------------------------------------------------------------------------------------
@@ -322,8 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = {**vars(case), "device": str(case.device), "tokens": sum(case.lengths)}
     results = {"environment": environment(case.device, given.commit) | _versions(), "case": facts, "methods": lines}
     out = given.out or HERE / "results" / device_slug(case.device) / "sft.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out, results)
     print(f"{case.shape}, {case.examples_per_step} examples a step, {results['environment']['device']}")
     print(table(results))
 

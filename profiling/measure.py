@@ -5,6 +5,7 @@ Left out: CPU memory (the allocator of torch's CPU build keeps no peak).
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +138,24 @@ def environment(device: torch.device | str, commit: str | None = None) -> dict[s
         "command": " ".join(["python", "-m", _module(), *_without_paths(sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def origin(env: dict[str, Any]) -> str:
+    """One line of a README: where a table comes from."""
+    return f"{env['device']}, torch {env['torch']}, commit {env['commit'][:12]}, {env['date']}: `{env['command']}`"
+
+
+def write_between(readme: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name: begin -->` and `<!-- name: end -->` in a Markdown file."""
+    begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
+    before, rest = readme.read_text().split(begin)
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def write_json(out: Path, data: dict[str, Any]) -> None:
+    """A results file, with the folders it needs."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _without_paths(arguments: list[str]) -> list[str]:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from grpo.bench_models import CASES, build
+from grpo.bench_step import Data, ours
 from grpo.model.policy import Policy
-from profiling.bench_update import CASES, Data, build, ours
-from profiling.measure import device_slug, environment
+from profiling.measure import device_slug, environment, write_json
 
 HERE = Path(__file__).parent
 
@@ -77,9 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         trace.export_chrome_trace(str(path))
         found = overlap(json.loads(path.read_text())["traceEvents"])
     out = given.out or HERE / "results" / device_slug(device) / "overlap.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     result = {"environment": environment(device, given.commit), "case": case.name, "milliseconds": found}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out, result)
     print(json.dumps(found))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from grpo.bench_models import quantise, random_model
 from grpo.config import SFTConfig
 from grpo.demo import make_tokenizer
 from grpo.sft import _examples
@@ -112,9 +113,9 @@ def test_quantised_layers():
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    plain = bench_packing.random_model("toy-llama", CPU, torch.float32)
+    plain = random_model("toy-llama", CPU, torch.float32)
     weights = {name: m.weight.data.clone() for name, m in plain.named_modules() if type(m) is nn.Linear}
-    model = bench_sft.quantised(plain)
+    model = quantise(plain)
     found = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     assert found.keys() == weights.keys() - {"lm_head"}
     assert type(model.lm_head) is nn.Linear

@@ -1,11 +1,12 @@
 """The update's benchmark at toy size: it runs, its errors are small, its JSON makes the table."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from profiling import bench_update
+from grpo import bench
 from profiling.bench_update import TOY, build, gradient_errors, main, table
 
 
@@ -40,7 +41,7 @@ def test_updating_keeps_other_cases(results):
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
-    original = bench_update.Policy
+    original = bench.Policy
 
     def broken(model, **options):
         policy = original(model, **options)
@@ -49,14 +50,14 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
                 next(iter(policy.trainable().values())).mul_(1.2)
         return policy
 
-    monkeypatch.setattr(bench_update, "Policy", broken)
+    monkeypatch.setattr(bench, "Policy", broken)
     errors = gradient_errors(TOY[0], torch.device("cpu"))
     assert errors["ours, offload, tiled MLP"] > 1e-3 > errors["ours, offload"]
 
 
 def test_quantised_models_are_built_in_place():
     pytest.importorskip("bitsandbytes")
-    case = bench_update.replace(TOY[0], four_bit=True)
+    case = replace(TOY[0], four_bit=True)
     model = build(case, torch.device("cpu"), torch.bfloat16)
     kinds = {type(module).__name__ for module in model.modules()}
     assert "Linear4bit" in kinds
