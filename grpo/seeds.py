@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -37,3 +42,48 @@ def permutation(size: int, seed: int, epoch: int) -> list[int]:
     order = list(range(size))
     random.Random(seed_for(seed, "permutation", epoch)).shuffle(order)
     return order
+
+
+# --- the generators of the process -----------------------------------------------------------------------------------
+
+
+def generators() -> dict[str, Tensor]:
+    """States of torch (CPU and every CUDA device), numpy and `random`, as tensors."""
+    version, internal, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = legacy
+    states = {
+        "torch": torch.get_rng_state(),
+        "random": torch.tensor([version, *internal], dtype=torch.int64),
+        "random_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_generators(states: Mapping[str, Tensor]) -> None:
+    """Put back what `generators` returned."""
+    torch.set_rng_state(states["torch"].cpu())
+    version, *internal = states["random"].tolist()
+    gauss = states["random_gauss"].tolist()
+    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
+    position, has_gauss = states["numpy_position"].tolist()
+    keys = states["numpy_keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
+    for key, state in states.items():
+        if key.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state.cpu(), int(key.removeprefix("cuda:")))
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Whatever draws from or reseeds the process's generators inside the block leaves them as they were."""
+    before = generators()
+    try:
+        yield
+    finally:
+        restore_generators(before)

@@ -164,3 +164,19 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether something is registered on `module` that would not run where its forward is not called."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
     return any(getattr(module, name, None) for name in names)
+
+
+def adapter_modules(causal_lm: nn.Module) -> dict[str, LoRAParts]:
+    """Every LoRA projection of a causal LM by its path ("model.layers.0.self_attn.q_proj").
+
+    Raises:
+        InputError: a peft layer is more than y = base(x) + scale · B(A(x)), the form that can be sent to an engine.
+    """
+    found: dict[str, LoRAParts] = {}
+    for path, module in causal_lm.named_modules():
+        parts = lora_parts(module)
+        if isinstance(parts, str):
+            raise InputError(f"adapter: {path} cannot be sent to the rollout engine: {parts} (want plain LoRA, or hf)")
+        if parts is not None:
+            found[path] = parts
+    return found

@@ -29,6 +29,7 @@ from grpo.ledger import Ledger
 from grpo.model.policy import Policy
 from grpo.optim import Schedule, make_optimizer
 from grpo.packing import smaller_bins
+from grpo.seeds import generators, restore_generators
 from grpo.trainer.checkpoint import SaveError, newest_checkpoint, save_checkpoint
 from grpo.trainer.console import Console, ProgressView
 from grpo.trainer.metrics import RunFolder
@@ -37,10 +38,8 @@ from grpo.trainer.state import (
     Item,
     capture,
     config_differences,
-    generators,
     loaded_versions,
     restore,
-    restore_generators,
 )
 from grpo.trainer.update import StepResult
 

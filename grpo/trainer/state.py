@@ -7,13 +7,11 @@ back last, since building anything may draw from them. Left out: the format on d
 from __future__ import annotations
 
 import math
-import random
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from grpo.errors import InputError, clip
 from grpo.optim import load_optimizer_state, optimizer_state
 from grpo.packing import segments
 from grpo.scoring import load_reward_states, reward_states
+from grpo.seeds import generators, restore_generators
 from grpo.trainer.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -148,41 +147,6 @@ def _load_buffer_facts(trainer: Any, facts: Any) -> None:
     buffer = trainer.buffer or RolloutBuffer([], Totals(0, 0, 0), {})
     metrics = {name: math.nan if value is None else value for name, value in facts["metrics"].items()}
     trainer.buffer = replace(buffer, totals=Totals(**facts["totals"]), metrics=metrics, iteration=facts["iteration"])
-
-
-# --- generators ----------------------------------------------------------------------------------------------
-
-
-def generators() -> Tensors:
-    """States of torch (CPU and every CUDA device), numpy and `random`, as tensors."""
-    version, internal, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=True)
-    _, keys, position, has_gauss, cached = legacy
-    states = {
-        "torch": torch.get_rng_state(),
-        "random": torch.tensor([version, *internal], dtype=torch.int64),
-        "random_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def restore_generators(states: Mapping[str, Tensor]) -> None:
-    """Put back what `generators` returned."""
-    torch.set_rng_state(states["torch"].cpu())
-    version, *internal = states["random"].tolist()
-    gauss = states["random_gauss"].tolist()
-    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
-    position, has_gauss = states["numpy_position"].tolist()
-    keys = states["numpy_keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
-    for key, state in states.items():
-        if key.startswith("cuda:") and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state.cpu(), int(key.removeprefix("cuda:")))
 
 
 # --- the lists -----------------------------------------------------------------------------------------------
