@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Every module and package directly below grpo/, and its floor. A package's floor is that of all its modules.
 FLOORS = {
     **dict.fromkeys(["batch", "config", "errors", "sizes", "ledger", "packing", "seeds", "trl_names", "algorithm"], 0),
-    **dict.fromkeys(["bench_search"], 0),
+    **dict.fromkeys(["bench_search", "bench_table"], 0),
     **dict.fromkeys(["kernels"], 1),
     **dict.fromkeys(["model", "optim", "planner", "bench_models", "bench_step", "bench_card"], 2),
     **dict.fromkeys(["rollout", "scoring", "reward_calls", "reward_isolation", "reward_loading"], 3),
@@ -30,7 +30,7 @@ TOP = 5  # also the package `grpo` itself: it offers names of every floor
 WITHOUT_CONFIG = ("grpo.algorithm", "grpo.kernels")
 
 DOORS = {
-    "vllm": ["grpo.rollout.vllm_engine"],
+    "vllm": ["grpo.rollout.vllm_*"],
     "peft": ["grpo.model.adapter"],
     "bitsandbytes": ["grpo.model.load", "grpo.optim", "grpo.bench_models"],
     "wandb": ["grpo.trainer.metrics"],
@@ -45,7 +45,8 @@ DOORS = {
 TALKERS = ["grpo.cli", "grpo.__main__", "grpo.demo"]
 # reward_isolation compares the environment before and after a reward; it takes no value from it. rewards.worker hands
 # an allowlist of it on to its processes.
-ENVIRONMENT_READERS = [*TALKERS, "grpo.reward_isolation", "rewards.worker"]
+# vLLM takes some of its settings from the environment alone, when it is first imported.
+ENVIRONMENT_READERS = [*TALKERS, "grpo.reward_isolation", "rewards.worker", "grpo.rollout.vllm_engine"]
 PRINTERS = [*TALKERS, "grpo.trainer.metrics", "grpo.trainer.console"]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 
@@ -296,8 +297,8 @@ FORBIDDEN = [
     ("grpo.scoring", "import rewards", "grpo loads rewards by name only"),
     ("grpo.demo", "from rewards import math_accuracy", "grpo loads rewards by name only"),
     # doors
-    ("grpo.rollout.hf_engine", "def f():\n    import vllm", "only grpo.rollout.vllm_engine may"),
-    ("grpo.cli", "from vllm.sampling_params import SamplingParams", "only grpo.rollout.vllm_engine may"),
+    ("grpo.rollout.hf_engine", "def f():\n    import vllm", "only grpo.rollout.vllm_* may"),
+    ("grpo.cli", "from vllm.sampling_params import SamplingParams", "only grpo.rollout.vllm_* may"),
     ("grpo.model.policy", "from peft import PeftModel", "only grpo.model.adapter may"),
     (
         "grpo.model.policy",
@@ -311,7 +312,7 @@ FORBIDDEN = [
     ("grpo.trainer.build", "from datasets import Dataset", "only grpo.data and grpo.bench_peers may"),
     ("grpo.kernels.logprobs", "import triton", "only grpo.kernels.*_triton may"),
     ("grpo.model.rope_triton", "import triton.language", "only grpo.kernels.*_triton may"),
-    ("rewards.judge", "__import__('vllm')", "only grpo.rollout.vllm_engine may"),
+    ("rewards.judge", "__import__('vllm')", "only grpo.rollout.vllm_* may"),
     # the environment
     ("grpo.config", "import os\nos.environ['A']", "uses os.environ"),
     ("grpo.trainer.metrics", "import os\nos.getenv('A')", "uses os.getenv"),

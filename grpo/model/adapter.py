@@ -174,6 +174,8 @@ def adapter_modules(causal_lm: nn.Module) -> dict[str, LoRAParts]:
     """
     found: dict[str, LoRAParts] = {}
     for path, module in causal_lm.named_modules():
+        if not hasattr(module, "base_layer"):  # every peft layer has one; a whole model has peft's methods too
+            continue
         parts = lora_parts(module)
         if isinstance(parts, str):
             raise InputError(f"adapter: {path} cannot be sent to the rollout engine: {parts} (want plain LoRA, or hf)")

@@ -59,7 +59,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         ) from error
 
 
-def _base_source(config: ModelConfig) -> str:
+def base_source(config: ModelConfig) -> str:
     """Where the base weights are: `name_or_path`, or what the adapter in that folder was trained on."""
     folder = Path(config.name_or_path).expanduser()
     adapter_file = folder / "adapter_config.json"
@@ -74,9 +74,17 @@ def load_model_config(config: ModelConfig) -> Any:
 
     _check_source(config)
     try:
-        return AutoConfig.from_pretrained(_base_source(config), **_where(config))
+        return AutoConfig.from_pretrained(base_source(config), **_where(config))
     except (OSError, ValueError) as error:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
+
+
+def meta_model(hf_config: Any) -> nn.Module:
+    """The architecture alone: names and shapes on the meta device, no weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config)
 
 
 def load_model(config: ModelConfig) -> nn.Module:
@@ -106,7 +114,7 @@ def load_model(config: ModelConfig) -> nn.Module:
     if config.load_in_4bit:
         arguments |= {"quantization_config": _nf4(config), "device_map": {"": device}}
     try:
-        source = _base_source(config)
+        source = base_source(config)
         model: Any = AutoModelForCausalLM.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
@@ -143,7 +151,7 @@ def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 def _check_4bit(config: ModelConfig) -> None:
     """Everything that can be known before the weights are read."""
-    if _base_source(config) != str(Path(config.name_or_path).expanduser()):
+    if base_source(config) != str(Path(config.name_or_path).expanduser()):
         raise InputError("model.load_in_4bit is true (want a full model: an adapter is not merged into 4-bit weights)")
     experts = num_experts(load_model_config(config))
     if experts and not config.allow_4bit_moe:

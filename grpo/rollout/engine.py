@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from grpo.batch import Prompt, Rollouts
 from grpo.config import RolloutConfig
+from grpo.seeds import seed_for
+
+Phase = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,35 @@ class Sampling:
             seed=seed,
         )
 
+    def seed_of(self, prompt: Prompt, generation: int) -> int:
+        """62 bits for one sample, of which its noise is a function."""
+        return seed_for(self.seed, prompt.epoch, prompt.id, generation)
+
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What `load_weights` moved: bytes and seconds (0 where the engine is the policy itself)."""
+    """What `load_weights` moved: bytes and seconds (0 where the engine is the policy itself), and how far the engine's
+    log-probs are from the policy's afterwards, in nats on average (None: not compared)."""
 
     policy_version: int
     num_bytes: int
     seconds: float
+    probe_gap: float | None = None
+
+
+def unbilled(name: str) -> AbstractContextManager[None]:
+    """The `phase` of an engine that belongs to no run."""
+    return nullcontext()
 
 
 class RolloutEngine(Protocol):
-    """One way to sample. `policy_version` is −1 before the first `load_weights` and grows by one with each."""
+    """One way to sample. `policy_version` is −1 before the first `load_weights` and grows by one with each.
+
+    `phase(name)` bills what happens inside ("wake", "sync", "probe", "sleep") to the run's ledger.
+    """
 
     policy_version: int
+    phase: Phase
 
     def awake(self) -> AbstractContextManager[None]:
         """Resources for sampling exist inside this block alone, also when an exception passes."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Rollouts
 from grpo.model.policy import Policy
-from grpo.rollout.engine import Sampling, SyncReport
-from grpo.seeds import seed_for, uniforms
+from grpo.rollout.engine import Phase, Sampling, SyncReport, unbilled
+from grpo.seeds import uniforms
 
 _COMPACT_WHEN_ENDED = 0.25  # share of ended rows at which dropping them pays for the copy of the cache
 
@@ -45,6 +45,7 @@ class HFEngine:
         self.tokenizer = tokenizer
         self.max_sequences = max_sequences
         self.policy_version = -1
+        self.phase: Phase = unbilled
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -194,7 +195,7 @@ class _DecodeState:
 
 def _noise(prompts: Sequence[Prompt], chunk: list[tuple[int, int]], sampling: Sampling) -> Tensor:
     """[B, max_completion_length] float64 uniforms, one stream per sample."""
-    seeds = np.array([seed_for(sampling.seed, prompts[p].epoch, prompts[p].id, g) for p, g in chunk], dtype=np.uint64)
+    seeds = np.array([sampling.seed_of(prompts[p], g) for p, g in chunk], dtype=np.uint64)
     counters = np.arange(sampling.max_completion_length, dtype=np.uint64)
     return torch.from_numpy(uniforms(seeds[:, None], counters[None]))
 

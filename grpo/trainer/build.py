@@ -26,10 +26,11 @@ from grpo.model.load import (
     stop_token_ids,
 )
 from grpo.model.policy import Policy
-from grpo.rollout.hf_engine import HFEngine
+from grpo.rollout.engine import RolloutEngine
 from grpo.scoring import Reward, RewardSpec, check_columns, load_rewards
 from grpo.seeds import seed_for
 from grpo.trainer.console import Console
+from grpo.trainer.engines import make_engine
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -44,7 +45,7 @@ class Parts:
     data: PromptStream
     eval_prompts: list[Prompt]
     rewards: list[Reward]
-    engine: HFEngine
+    engine: RolloutEngine
     stop_token_ids: tuple[int, ...]
 
 
@@ -73,9 +74,17 @@ def build_parts(
     rewards = _rewards(config, reward_funcs, set(prompts[0].example))
     if eval_prompts:
         check_columns(rewards, set(eval_prompts[0].example), "data.eval")
-    policy = build_policy(config, model, peft_config, keep_reference=config.objective.beta > 0)
     for line in notes:
         console.say(line)
+    engine, policy = make_engine(
+        config,
+        model if isinstance(model, nn.Module) else None,
+        peft_config,
+        tokenizer,
+        prompts,
+        console.say,
+        lambda module: build_policy(config, module, peft_config, keep_reference=config.objective.beta > 0),
+    )
     return Parts(
         config,
         policy,
@@ -83,7 +92,7 @@ def build_parts(
         PromptStream(prompts, seed_for(config.seed, "data"), config.data.shuffle),
         eval_prompts,
         rewards,
-        HFEngine(policy, tokenizer, config.rollout.max_sequences, console.say),
+        engine,
         stop_token_ids(tokenizer, policy.causal_lm),
     )
 

@@ -21,7 +21,7 @@ from grpo.data import encode_prompt, prompt_problem, prompt_text, with_system
 from grpo.errors import InputError, RunError
 from grpo.evaluate import evaluate_rollouts
 from grpo.packing import pack, packing_metrics
-from grpo.rollout.engine import RolloutEngine, Sampling
+from grpo.rollout.engine import RolloutEngine, Sampling, SyncReport
 from grpo.scoring import FaultBudget, close_pools, merge_scored, placement_lines, score, select_groups
 from grpo.seeds import seed_for
 from grpo.trainer.base import BaseTrainer, default_console
@@ -92,6 +92,8 @@ class GRPOTrainer(BaseTrainer):
         self.eval_prompts = parts.eval_prompts
         self.stop_token_ids = parts.stop_token_ids
         self.engine: RolloutEngine = parts.engine
+        self.engine.phase = self.ledger.phase
+        self.last_sync: SyncReport | None = None
         self.advantage_knobs, self.loss_knobs = split_knobs(self.config)
         self.last_evaluation: ScoredRollouts | None = None
         self.buffer: RolloutBuffer | None = None
@@ -154,7 +156,7 @@ class GRPOTrainer(BaseTrainer):
 
     def _sample_and_score(self, prompts: list[Prompt]) -> ScoredRollouts:
         with self.phase("rollout"), self.engine.awake():
-            self.engine.load_weights(self.policy)
+            self.last_sync = self.engine.load_weights(self.policy)
             rollouts = self.engine.generate(prompts, self._sampling())
         with self.phase("score"):
             scored = score(
@@ -226,6 +228,7 @@ class GRPOTrainer(BaseTrainer):
         return {
             **sampled.metrics,
             **completion_metrics(rollouts),
+            **_sync_metrics(self.last_sync),
             **{f"groups/{cause}": float(causes.count(cause)) for cause in CAUSES},
             "groups/refilled": float(len(causes) - self.config.prompts_per_step),
             "frac_reward_zero_std": sum(cause is not None for cause in causes) / len(causes),
@@ -316,7 +319,9 @@ class GRPOTrainer(BaseTrainer):
         """Print `count` completions of the last evaluation (or, without held-out rows, of the present policy)."""
         scored = self.last_evaluation
         if scored is None:
-            rollouts = self.engine.generate(list(self.data.prompts[:count]), self._sampling())
+            with self.engine.awake():
+                self.engine.load_weights(self.policy)
+                rollouts = self.engine.generate(list(self.data.prompts[:count]), self._sampling())
             scored = score(
                 rollouts,
                 self.rewards,
@@ -345,6 +350,14 @@ def split_knobs(config: GRPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """The objective's knobs for `group_advantages` and for `policy_loss`."""
     knobs = objective_knobs(config)
     return {name: knobs[name] for name in ADVANTAGE_KNOBS}, {name: knobs[name] for name in LOSS_KNOBS}
+
+
+def _sync_metrics(report: SyncReport | None) -> dict[str, float]:
+    """What the last sync moved; nothing where the engine is the policy itself."""
+    if report is None or not report.num_bytes:
+        return {}
+    metrics = {"sync/seconds": report.seconds, "sync/mib": report.num_bytes / 2**20}
+    return metrics | ({"sync/probe_gap": report.probe_gap} if report.probe_gap is not None else {})
 
 
 def _fault_tensors(buffer: RolloutBuffer) -> dict[str, Any]:

@@ -1,0 +1,400 @@
+"""`vllm`: vLLM in this process, on the trainer's GPU. Awake only inside the rollout phase, asleep during the update.
+
+    case                     asleep                     each step
+    LoRA, shared base        KV cache unmapped          adapter into its slot (vllm_weights.set_adapter)
+    LoRA, own base           weights in host memory     adapter
+    full fine-tuning         weights dropped            wake weights, write them, wake the KV cache
+
+The engine is started before the trainer's model is built: with a shared base the model's frozen weights are views of
+the engine's. The order inside `awake()` is weights, sync, KV cache, probe, so the sync never competes with the cache.
+vLLM pins torch exactly and changes its inside between versions, so one version is accepted and another is refused.
+Left out: several GPUs for one engine, vision inputs, and 4-bit weights shared with the trainer (a second copy is held).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo.batch import Prompt, Rollouts
+from grpo.errors import InputError, RunError, clip
+from grpo.model.adapter import adapter_modules
+from grpo.model.policy import Policy
+from grpo.rollout.completions import to_completions
+from grpo.rollout.engine import Phase, Sampling, SyncReport, unbilled
+from grpo.rollout.probe import WeightProbe
+from grpo.rollout.vllm_weights import (
+    Shared,
+    check_rank,
+    copy_weights,
+    kv_only_sleep,
+    pool_bytes,
+    set_adapter,
+    share_base,
+)
+from grpo.seeds import generators_kept
+from grpo.sizes import format_bytes
+
+TESTED = "0.26.0"
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # an engine's adapter slots have one of these
+_PREFILL_TOKENS = 8192  # a scheduler step computes at most; its activations are part of the working set
+_NO_PATH = "/nonexistent/leangrpo-adapter"  # adapters are set in memory: being asked for a path must fail loudly
+
+
+@dataclass(frozen=True)
+class VLLMOptions:
+    """What an engine is started with.
+
+    `source` is a folder or hub id of full weights; `adapter_rank` None means full fine-tuning; `adapter_targets` are
+    the last parts of the adapted modules' names; `kv_cache_bytes` is the budget of the KV cache.
+    """
+
+    source: str
+    dtype: str
+    max_length: int
+    max_sequences: int
+    kv_cache_bytes: int
+    adapter_rank: int | None = None
+    adapter_targets: tuple[str, ...] = ()
+    load_in_4bit: bool = False
+    cuda_graphs: bool = True
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class VLLMEngine:
+    """A rollout engine (see engine.py) around `vllm.LLM`.
+
+    Args:
+        options: see there.
+        tokenizer: decodes completions, once.
+        probe: compares log-probs after each sync; None: no comparison.
+        say: told what a person should know, one line each.
+
+    Raises:
+        InputError: vLLM is absent, of another version, or does not fit into the GPU's memory.
+    """
+
+    def __init__(
+        self,
+        options: VLLMOptions,
+        tokenizer: Any,
+        *,
+        probe: WeightProbe | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.options = options
+        self.tokenizer = tokenizer
+        self.probe = probe
+        self.policy_version = -1
+        self.phase: Phase = unbilled
+        self.shared: Shared | None = None
+        self._say = say or (lambda line: None)
+        self._adapter: Any = None  # the LoRARequest of the present version
+        self._syncs = 0
+        self._cache_mapped = True
+        self._awake = False
+        self._llm = _start(options)
+        self._allowed_level = 2 if options.adapter_rank is None else 1
+        self._sleep()
+
+    # --- the base weights -----------------------------------------------------------------------------------
+
+    def share_base(self, model: nn.Module, device: torch.device) -> Shared:
+        """Make `model`'s frozen weights views of the engine's; from then on sleep keeps the weights. `model` moves to
+        `device`. Call it once, before the adapter is added."""
+        self._wake(["weights"])
+        self._worker()._sleep_mode_backend = kv_only_sleep()
+        self.shared = share_base(model, self._model(), device)
+        self._sleep()
+        return self.shared
+
+    # --- the protocol ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Weights are resident inside the block, the KV cache from the first request on; both leave at its end.
+
+        Raises:
+            RunError: the engine does not wake up.
+        """
+        torch.cuda.empty_cache()  # the trainer's free blocks are what the cache is mapped into
+        with self.phase("wake"):
+            self._wake(["weights"])
+        self._awake = True
+        try:
+            yield
+        finally:
+            self._awake = False
+            with self.phase("sleep"):
+                self._abort()
+                self._sleep()
+
+    def load_weights(self, policy: Policy) -> SyncReport:
+        """Bring the adapter (or all weights) over, read some back, compare log-probs.
+
+        Raises:
+            RunError: outside `awake()`, or the engine does not hold what was sent.
+        """
+        if not self._awake:
+            raise RunError("load_weights() outside awake()")
+        start = time.monotonic()
+        with self.phase("sync"):
+            num_bytes = self._send(policy)
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - start
+        self.policy_version += 1
+        gap = self._check(policy)
+        return SyncReport(self.policy_version, num_bytes, seconds, gap)
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> Rollouts:
+        """`num_generations` completions for each prompt, each with a seed of its own.
+
+        Raises:
+            RuntimeError: before the first `load_weights`.
+            RunError: the engine failed, or returned something that is no completion.
+        """
+        if self.policy_version < 0:
+            raise RuntimeError("generate() before load_weights()")
+        too_long = max((len(prompt.token_ids) for prompt in prompts), default=0) + sampling.max_completion_length
+        if too_long > self.options.max_length:
+            raise RunError(
+                f"a prompt and its completion may take {too_long} tokens, but the engine was built for "
+                f"{self.options.max_length}"
+            )
+        requests = [(prompt, g) for prompt in prompts for g in range(sampling.num_generations)]
+        outputs = self._run(
+            [prompt.token_ids for prompt, _ in requests],
+            [_parameters(sampling, sampling.seed_of(prompt, g)) for prompt, g in requests],
+        )
+        found = [_answer(output) for output in outputs]
+        completions = to_completions(found, sampling, self.tokenizer)
+        size = sampling.num_generations
+        groups = [completions[p * size : (p + 1) * size] for p in range(len(prompts))]
+        return Rollouts(list(prompts), groups, self.policy_version)
+
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probs at temperature 1 of every token but the first of each sequence."""
+        from vllm import SamplingParams
+
+        asked = SamplingParams(max_tokens=1, temperature=1.0, seed=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(sequences, [asked] * len(sequences))
+        return [
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes the engine's pools hold on the device now, by tag ("weights", "kv_cache")."""
+        return pool_bytes()
+
+    def close(self) -> None:
+        """End the engine. Shared weights stay valid: their storage belongs to whoever views it."""
+        if self._llm is None:
+            return
+        self._abort()
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _worker(self) -> Any:
+        found = self._llm.collective_rpc(lambda wrapper: wrapper.worker)
+        return found[0]
+
+    def _model(self) -> Any:
+        return self._worker().model_runner.model
+
+    def _send(self, policy: Policy) -> int:
+        self._syncs += 1
+        if self.options.adapter_rank is None:
+            return copy_weights(policy.causal_lm, self._model())
+        from vllm.lora.request import LoRARequest
+
+        previous = None if self._adapter is None else self._adapter.lora_int_id
+        # A new name and a new id each time: prefix cache blocks belong to names, slots to ids.
+        request = LoRARequest(f"policy-{self._syncs}", self._syncs, f"{_NO_PATH}-{self._syncs}")
+        self._adapter = None
+        num_bytes = set_adapter(self._worker(), adapter_modules(policy.causal_lm), self._syncs, previous)
+        self._adapter = request
+        return num_bytes
+
+    def _check(self, policy: Policy) -> float | None:
+        """Cold cache, then log-probs. The engine's cache is left empty, as the first real request expects it."""
+        if self.probe is None or not self.probe.sequences:
+            return None
+        with self.phase("probe"):
+            from vllm import SamplingParams
+
+            # The longest, since only whole blocks are cached; `score` itself never reads the cache.
+            longest = max(self.probe.sequences, key=len)
+            first = self._run([longest], [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)])
+            if first[0].num_cached_tokens:
+                raise RunError("the rollout engine answers from a prefix cache of older weights")
+            gap = self.probe.check(policy, self.score)
+            if not self._llm.reset_prefix_cache():
+                raise RunError("the rollout engine did not empty its prefix cache: blocks are still held")
+        return gap
+
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+        """One request per prompt, finished, in order. Nothing stays behind in the engine if an exception passes."""
+        self._map_cache()
+        try:
+            with generators_kept():
+                outputs = self._llm.generate(
+                    [{"prompt_token_ids": list(ids)} for ids in prompts],
+                    list(parameters),
+                    lora_request=self._adapter,
+                    use_tqdm=False,
+                )
+        except (RuntimeError, ValueError) as error:
+            self._abort()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RunError(f"the rollout engine failed: {clip(error, 300)}") from error
+        except BaseException:
+            self._abort()
+            raise
+        if len(outputs) != len(prompts):
+            raise RunError(f"the rollout engine returned {len(outputs)} answers to {len(prompts)} requests")
+        return outputs
+
+    def _abort(self) -> None:
+        """Unfinished requests would otherwise come back, first, in the next call."""
+        if self._llm is None:
+            return
+        engine = self._llm.llm_engine
+        waiting = [*engine.output_processor.request_states, *engine.output_processor.parent_requests]
+        if waiting:
+            engine.abort_request(waiting, internal=True)
+
+    def _map_cache(self) -> None:
+        if not self._cache_mapped:
+            with self.phase("wake"):
+                self._wake(["kv_cache"])
+            self._cache_mapped = True
+
+    def _wake(self, tags: list[str]) -> None:
+        try:
+            self._llm.wake_up(tags)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise RunError(
+                f"the rollout engine did not wake up ({', '.join(tags)}; {_free_memory()}; want a smaller "
+                f"rollout.kv_cache or update.max_tokens_per_batch): {clip(error, 200)}"
+            ) from error
+
+    def _sleep(self) -> None:
+        torch.cuda.synchronize()
+        self._llm.sleep(level=1 if self.shared is not None else self._allowed_level)
+        self._cache_mapped = False
+
+
+def _start(options: VLLMOptions) -> Any:
+    """The engine, awake. The process's generators and matmul precision stay as they were."""
+    check_vllm()
+    free, total = torch.cuda.mem_get_info()
+    arguments: dict[str, Any] = {
+        "model": options.source,
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+        "dtype": options.dtype,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "max_model_len": options.max_length,
+        "max_num_seqs": options.max_sequences,
+        "max_num_batched_tokens": max(_PREFILL_TOKENS, options.max_sequences),
+        "logprobs_mode": "processed_logprobs",
+        "enable_sleep_mode": True,
+        "enable_prefix_caching": True,
+        "enforce_eager": not options.cuda_graphs,
+        # The check at start asks for this share of the card to be free, whatever the cache is given.
+        "gpu_memory_utilization": max(0.01, int(free / total * 1000 - 5) / 1000),
+        "kv_cache_memory_bytes": options.kv_cache_bytes,
+    }
+    if options.adapter_rank is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": check_rank(options.adapter_rank, _RANKS),
+            "lora_target_modules": list(options.adapter_targets) or None,
+        }
+    if options.load_in_4bit:
+        arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
+    else:  # the head's products in float32, as the trainer forms them
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with generators_kept():
+            from vllm import LLM
+
+            return LLM(**arguments)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"rollout.engine is 'vllm', which did not start with a KV cache of {format_bytes(options.kv_cache_bytes)} "
+            f"({format_bytes(free)} of {format_bytes(total)} were free; want a smaller rollout.kv_cache, "
+            f"rollout.max_sequences or model): {clip(error, 300)}"
+        ) from error
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def check_vllm() -> None:
+    """Raise `InputError` where vLLM cannot run: no CUDA device, absent, or another version than the tested one."""
+    if not torch.cuda.is_available():
+        raise InputError("rollout.engine is 'vllm' but there is no CUDA device (want rollout.engine: hf)")
+    # vLLM reads these when it is first imported and has no other way to be told.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise InputError("VLLM_ENABLE_V1_MULTIPROCESSING is set (want 0: the engine shares memory with the trainer)")
+    try:
+        import vllm
+    except ImportError as error:
+        raise InputError(
+            f"rollout.engine is 'vllm' but vllm cannot be imported: {clip(error, 200)} (want vllm {TESTED}: "
+            "pip install 'leangrpo[vllm]', or rollout.engine: hf)"
+        ) from error
+    if vllm.__version__.split("+")[0] != TESTED:
+        raise InputError(f"vllm is {vllm.__version__} (want {TESTED}, the version the vllm engine was tested with)")
+
+
+def _parameters(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=1,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_completion_length,
+        seed=seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+    )
+
+
+def _answer(output: Any) -> tuple[list[int], list[float], str | None]:
+    """Token ids, log-probs of the distribution sampled from, and the engine's finish reason."""
+    (completion,) = output.outputs
+    flat = completion.logprobs
+    logprobs = [] if flat is None else [flat.logprobs[start] for start in flat.start_indices]
+    return list(completion.token_ids), logprobs, completion.finish_reason
+
+
+def _free_memory() -> str:
+    free, total = torch.cuda.mem_get_info()
+    return f"{format_bytes(free)} of {format_bytes(total)} free"
