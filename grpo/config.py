@@ -115,6 +115,13 @@ class RewardFunction(Section):
         None, ge=1, description="completions judged at a time; null = 4 in processes, all when async"
     )
     memory_mb: Int | None = Field(None, ge=1, description="MiB of address space of a worker; null = 4096")
+    arguments: dict[str, Any] | None = Field(
+        None, description="of a factory, which makes the reward, or bound to the function; null = the function as it is"
+    )
+    range: tuple[Float, Float] | None = Field(
+        None, description="[lowest, highest] value, another one is a fault; null = any"
+    )
+    tier: str | None = Field(None, description="sandbox of a reward that runs model-written code: its argument `tier`")
 
 
 class RewardsConfig(Section):

@@ -23,6 +23,7 @@ from grpo.batch import Completion, Prompt
 from grpo.reward_import import describe
 from grpo.reward_isolation import Fault, Watchdog, gather, guarded, seed_generators, watched_process
 from grpo.reward_pool import Reply, ask
+from grpo.reward_prefill import prefill_in
 from grpo.reward_spec import OnError, Reward, RewardError
 
 Value = float | Fault | None
@@ -67,6 +68,7 @@ def arguments(reward: Reward, samples: Sequence[Sample], state: TrainerState, lo
         "completion_ids": lambda sample: list(sample.completion.token_ids),
         "truncated": lambda sample: sample.completion.finish_reason == "length",
         "messages": _conversation,
+        "prefill": lambda sample: prefill_in(sample.prompt.example["prompt"], reward.prefill or ""),
     }
     lists = {name: [makers[name](sample) for sample in samples] for name in reward.injected if name in makers}
     for name in reward.columns:
@@ -148,6 +150,13 @@ def to_rewards(reward: Reward, log: Log, rows: Sequence[int], result: Any) -> li
     elements = [result] if reward.kind == "sample" else result
     values = [guarded(_number, log, row, element) for row, element in zip(rows, elements, strict=True)]
     return [replace(value, on_call=False) if isinstance(value, Fault) else value for value in values]
+
+
+def _in_range(reward: Reward, value: Value) -> Value:
+    """`value`, or a fault where the range that the configuration declares does not hold it."""
+    if reward.range is None or not isinstance(value, float) or reward.range[0] <= value <= reward.range[1]:
+        return value
+    return Fault(f"returned {value:g} (want its range, {reward.range[0]:g} to {reward.range[1]:g})")
 
 
 def _number(log: Log, row: int, element: Any) -> Value:
@@ -396,6 +405,7 @@ class Calls:
 
     def _keep(self, reward: Reward, rows: Sequence[int], values: Sequence[Value]) -> None:
         for row, value in zip(rows, values, strict=True):
+            value = _in_range(reward, value)
             self.values[reward.name][row] = value
             if isinstance(value, Fault):
                 self._record(reward, rows, row, value)

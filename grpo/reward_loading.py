@@ -4,8 +4,8 @@
     sample  f(completion, answer, …)           -> float | None | rewards.Score
 
 Everything is passed by keyword. A function that takes `**kwargs` gets everything, any other only what it names.
-Left out: calling them (reward_calls.py), where they run (reward_placement.py), and `prefill`, which rollouts do not
-carry yet.
+Left out: calling them (reward_calls.py), where they run (reward_placement.py), and arguments in a configuration
+(reward_arguments.py).
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpo.errors import InputError, clip
+from grpo.reward_arguments import all_arguments, missing_arguments, with_arguments
 from grpo.reward_import import describe, nearest, resolve
 from grpo.reward_placement import placed
 from grpo.reward_pool import start_pools
 from grpo.reward_spec import Kind, Reward, RewardError, RewardSpec, name_of, state_owner
 
-_SHARED = ("completion_ids", "truncated", "trainer_state", "log_extra", "log_metric")
+_SHARED = ("completion_ids", "truncated", "trainer_state", "log_extra", "log_metric", "prefill")
 PROVIDED: dict[Kind, tuple[str, ...]] = {
     "batch": ("prompts", "completions", *_SHARED),
     "sample": ("prompt", "completion", *_SHARED, "messages"),
 }
+_FIXED = frozenset(name for names in PROVIDED.values() for name in names if name != "prefill")  # no argument's name
 NEVER_COLUMNS = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 MAX_WEIGHT = 1e6
-ONLY_BY_NAME = "messages"  # many datasets have such a column: `**kwargs` gets the column, not ours
+ONLY_BY_NAME = ("messages", "prefill")  # datasets have such columns: `**kwargs` gets the column, not ours
 
 _FOREIGN = {  # a parameter that gives away where a function comes from -> how to wrap it
     "solution_str": "looks like verl's; wrap it: rewards.adapters.from_verl(compute_score)",
@@ -45,6 +48,7 @@ def load_rewards(
     weights: Sequence[float] | None,
     columns: Collection[str],
     timeout: float | None = None,
+    prefill: str | None = None,
 ) -> list[Reward]:
     """Find every function and decide what it is given.
 
@@ -54,6 +58,8 @@ def load_rewards(
         weights: one per function; None: 1 each, or those of the pairs and specifications.
         columns: names of the dataset's columns.
         timeout: seconds of a call for functions that do not run inline and say nothing themselves.
+        prefill: what the chat template puts in front of every completion (reward_prefill.py), "" for nothing; None: not
+            known, then a parameter `prefill` keeps its default.
 
     Functions with `where="process"` have a worker that is ready when this returns.
 
@@ -69,9 +75,7 @@ def load_rewards(
         typed = spec.function if isinstance(spec.function, str) else name_of(spec.function)
         label = f'rewards[{index}] "{clip(typed)}"'
         try:
-            found = resolve(spec.function, label) if isinstance(spec.function, str) else spec.function
-            reward = _understand(found, label, _checked_weight(spec.weight, label), columns)
-            reward = placed(reward, spec, timeout)
+            reward = placed(_loaded(spec, label, columns, prefill), spec, timeout)
             _refuse_equal_name(reward, rewards)
             _state_of(reward)
             rewards.append(reward)
@@ -86,6 +90,24 @@ def load_rewards(
         raise InputError(*problems) from cause
     start_pools(rewards)
     return rewards
+
+
+def _loaded(spec: RewardSpec, label: str, columns: Collection[str], prefill: str | None) -> Reward:
+    """One function, found, given its arguments, understood; where it runs is not decided yet."""
+    found = resolve(spec.function, label) if isinstance(spec.function, str) else spec.function
+    arguments = all_arguments(spec.arguments, spec.tier, label)
+    given = with_arguments(found, arguments, label, fixed=_FIXED)
+    reward = _understand(given, label, _checked_weight(spec.weight, label), columns, prefill is not None)
+    return replace(reward, arguments=arguments, range=_checked_range(spec.range, label), prefill=prefill)
+
+
+def _checked_range(given: Any, label: str) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    numbers = isinstance(given, list | tuple) and all(isinstance(v, int | float) and abs(v) <= 1e6 for v in given)
+    if not numbers or len(given) != 2 or not given[0] < given[1]:
+        raise InputError(f"{label}: range is {describe(given, 40)} (want [lowest, highest], of at most 1e6 in size)")
+    return float(given[0]), float(given[1])
 
 
 def check_columns(rewards: Sequence[Reward], columns: Collection[str], where: str) -> None:
@@ -163,11 +185,11 @@ def _kind_of(function: Any, names: Collection[str], label: str) -> Kind:
         hint = "; it looks like a reward model: call it in a function of prompts and completions"
     near = next((nearest(each, ("completions", "completion", "prompts")) for each in names), "")
     raise InputError(
-        f"{label}: has neither a parameter 'completions' (all at once) nor 'completion' (one at a time){hint or near}"
+        f"{label}: has neither a parameter 'completions' (all at once) nor 'completion' (one at a time){hint or near or missing_arguments(function)}"
     )
 
 
-def _understand(function: Any, label: str, weight: float, columns: Collection[str]) -> Reward:
+def _understand(function: Any, label: str, weight: float, columns: Collection[str], with_prefill: bool) -> Reward:
     parameters = _parameters(function, label)
     bound = function.keywords if isinstance(function, functools.partial) else {}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -177,7 +199,8 @@ def _understand(function: Any, label: str, weight: float, columns: Collection[st
     def taken(name: str) -> bool:
         return name in named or (takes_all and name not in bound)
 
-    injected = tuple(n for n in PROVIDED[kind] if taken(n) and (n in named or n != ONLY_BY_NAME))
+    provided = [name for name in PROVIDED[kind] if with_prefill or name != "prefill"]
+    injected = tuple(n for n in provided if taken(n) and (n in named or n not in ONLY_BY_NAME))
     own = sorted(name for name in columns if isinstance(name, str) and name not in NEVER_COLUMNS)
     used = tuple(name for name in own if taken(name))
     for name in used:
@@ -188,14 +211,14 @@ def _understand(function: Any, label: str, weight: float, columns: Collection[st
     required = {name for name, parameter in named.items() if parameter.default is parameter.empty}
     for name in named:
         if name in required and name not in injected and name not in used:
-            raise InputError(_missing(label, name, kind, own))
+            raise InputError(_missing(label, name, provided, own))
     return Reward(function, name_of(function), kind, label, weight, injected, used, frozenset(required & set(used)))
 
 
-def _missing(label: str, name: str, kind: Kind, columns: Sequence[str]) -> str:
+def _missing(label: str, name: str, provided: Sequence[str], columns: Sequence[str]) -> str:
     if name in _FOREIGN:
         return f"{label}: parameter {name!r} is provided by nothing; it {_FOREIGN[name]}"
-    near = nearest(name, [*PROVIDED[kind], *columns])
+    near = nearest(name, [*provided, *columns])
     return (
         f"{label}: parameter {name!r} is provided by nothing{near} (columns: {clip(', '.join(columns) or 'none', 200)})"
     )

@@ -57,8 +57,13 @@ def placed(reward: Reward, spec: RewardSpec, timeout: float | None) -> Reward:
         on_error=spec.on_error,
         max_concurrency=concurrency,
         memory_mb=PROCESS_MEMORY if spec.memory_mb is None else spec.memory_mb,
-        target=_target(reward.function, spec.function),
+        target=_target(_found(reward, spec), spec.function),
     )
+
+
+def _found(reward: Reward, spec: RewardSpec) -> Any:
+    """What a worker has to import: with arguments the factory, or the function that they are bound to."""
+    return reward.function if reward.arguments is None else spec.function
 
 
 def _where(reward: Reward, spec: RewardSpec) -> Where:
@@ -74,7 +79,7 @@ def _where(reward: Reward, spec: RewardSpec) -> Where:
         raise InputError(
             f"{reward.label}: where is process (want inline: a worker would keep its state_dict to itself)"
         )
-    if where == "process" and _target(reward.function, spec.function) is None:
+    if where == "process" and _target(_found(reward, spec), spec.function) is None:
         raise InputError(
             f"{reward.label}: where is process (want a function that a worker can import, by its name module:function; "
             "lambdas, closures and functions of a script or notebook run inline)"

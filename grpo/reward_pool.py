@@ -68,7 +68,7 @@ def _pool(reward: Reward) -> Any:
                 timeout=reward.timeout,
                 size=reward.max_concurrency or 1,
                 memory_mb=reward.memory_mb,
-                init=[reward.target, reward.label, reward.name, reward.kind],
+                init=[reward.target, reward.label, reward.name, reward.kind, reward.arguments],
             )
         )
     return reward.pools[0]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from grpo.reward_arguments import with_arguments
 from grpo.reward_calls import Log, TrainerState, to_rewards
 from grpo.reward_import import resolve
 from grpo.reward_isolation import Fault, guarded, seed_generators
@@ -20,8 +21,10 @@ from grpo.reward_spec import Kind, Reward
 class Served:
     """One reward function in a worker. Made once with what finds it, called with the arguments of each call."""
 
-    def __init__(self, target: str, label: str, name: str, kind: Kind) -> None:
-        self.reward = Reward(resolve(target, label), name, kind, label)
+    def __init__(
+        self, target: str, label: str, name: str, kind: Kind, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        self.reward = Reward(with_arguments(resolve(target, label), arguments, label), name, kind, label)
 
     def __call__(
         self, given: dict[str, Any], provided: Sequence[str], state: Mapping[str, Any], key: Sequence[int | str],

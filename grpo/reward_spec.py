@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +43,10 @@ class RewardSpec:
         on_error: what its faults do; None: as the run says.
         max_concurrency: completions judged at the same time, for functions that do not run inline.
         memory_mb: MiB of address space of a worker process.
+        arguments: of the factory that `function` is, or bound to the reward that it is (reward_arguments.py); in Python
+            a partial, or the factory's result, does the same.
+        range: (lowest, highest) value; another one is a fault. What is known of the total's range comes from these.
+        tier: argument of that name, for rewards that run model-written code.
     """
 
     function: str | Callable[..., Any]
@@ -53,6 +57,9 @@ class RewardSpec:
     on_error: OnError | None = None
     max_concurrency: int | None = None
     memory_mb: int | None = None
+    arguments: Mapping[str, Any] | None = None
+    range: tuple[float, float] | None = None
+    tier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ class Reward:
         max_concurrency: calls at the same time; None: no limit (async).
         memory_mb: MiB of address space of a worker process.
         target: how a worker process finds the function, "module:function" or "/path/file.py:function"; None: it cannot.
+        arguments: what `target` is called with, or bound to, in a worker; None: `target` is the reward.
+        range: (lowest, highest) value; None: any.
+        prefill: what the chat template puts in front of every completion; None: not known, so nothing is injected.
         metric_names: names it has logged in this run (at most 64), kept in the checkpoint.
         warned: warnings that were given once.
         pools: the workers that run it, when they are there (reward_pool.py).
@@ -93,6 +103,9 @@ class Reward:
     max_concurrency: int | None = None
     memory_mb: int = PROCESS_MEMORY
     target: str | None = None
+    arguments: Mapping[str, Any] | None = None
+    range: tuple[float, float] | None = None
+    prefill: str | None = None
     metric_names: list[str] = field(default_factory=list, compare=False, repr=False)
     warned: set[str] = field(default_factory=set, compare=False, repr=False)
     pools: list[Any] = field(default_factory=list, compare=False, repr=False)
