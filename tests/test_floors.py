@@ -23,6 +23,7 @@ FLOORS = {
     **dict.fromkeys(["model", "optim", "planner", "bench_models", "bench_step", "bench_card"], 2),
     **dict.fromkeys(["rollout", "scoring", "reward_calls", "reward_isolation", "reward_loading"], 3),
     **dict.fromkeys(["reward_import", "reward_placement", "reward_pool", "reward_served", "reward_spec", "data"], 3),
+    **dict.fromkeys(["reward_arguments", "reward_prefill"], 3),
     **dict.fromkeys(["trainer", "sft", "export", "evaluate", "check_rewards"], 4),
     **dict.fromkeys(["cli", "__main__", "demo", "bench", "bench_peers"], 5),
 }
