@@ -1,4 +1,4 @@
-"""What an engine answers, checked and turned into `Completion`s; and the seed each sample is drawn with.
+"""What an engine answers, checked and turned into `Completion`s.
 
 Every engine that is not our own decode loop passes here, so a protocol error ends the run in one line instead of
 training on wrong numbers. Finish reasons, the only sign of truncation:
@@ -19,25 +19,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.batch import Completion, FinishReason, Prompt
+from grpo.batch import Completion, FinishReason
 from grpo.errors import RunError, clip
 from grpo.rollout.engine import Sampling
-from grpo.seeds import seed_for
 
 MISSING = -9000.0  # servers floor log-probs at −9999 and report the same number for one that is absent
 _ROUNDING = 1e-3  # a log-prob may exceed 0 by this much
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 
 Answer = tuple[Sequence[int], Sequence[float | None], str | None]  # token ids, log-probs, finish reason
-
-
-def sample_seed(sampling: Sampling, prompt: Prompt, generation: int) -> int:
-    """The seed, below 2^62, of one sample: a hash of (run's rollout seed, epoch, prompt id, generation).
-
-    Below 2^62 because engines keep it in an int64 and may add an index to it; a hash because engines give copy i of a
-    request `seed + i`, so consecutive seeds would share noise.
-    """
-    return seed_for(sampling.seed, prompt.epoch, prompt.id, generation)
 
 
 def to_completions(answers: Sequence[Answer], sampling: Sampling, tokenizer: Any) -> list[Completion]:
