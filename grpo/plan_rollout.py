@@ -1,0 +1,114 @@
+"""Bytes of sampling: the KV cache, and what the engine takes beside it.
+
+hf     decode: cache of B sequences of P + R tokens, one layer of it twice (it grows by concatenation), keys and values
+       of one layer repeated to all query heads, and 24·B·V of logits (float32 twice, float64 twice: `sample`);
+       prefill: the distinct prompts, padded to one length, through one layer with a mask.
+vllm   cache as `rollout.kv_cache` says, weights of its own unless shared, and a working set: int32 penalty table and
+       three float32 logits [sequences, V], activations of one scheduler step, and an allowance for graphs and the like.
+server nothing here.
+Left out: prefix sharing in vLLM's cache (it makes the cache smaller), speculative decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.config import GRPOConfig
+from grpo.errors import InputError
+from grpo.plan_parts import ModelFacts, Parts, weight_bytes
+from grpo.plan_update import Bin, Pass, Path
+from grpo.sizes import format_bytes, parse_bytes
+
+BATCHED_TOKENS = 16_384  # of one scheduler step of vLLM, its default on a large GPU
+_GRAPHS = int(1.4 * 2**30)  # CUDA graphs and compiled kernels: measured, Qwen3-1.7B shape, LoRA, 512 sequences
+_EAGER = int(0.5 * 2**30)
+_KV_MARGIN = 1.05  # blocks that are not full
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What is sampled at once: `count` sequences from `prompts` distinct prompts."""
+
+    count: int
+    prompts: int
+    prompt: int  # tokens
+    completion: int  # tokens
+
+    @staticmethod
+    def of(config: GRPOConfig) -> Sequences:
+        """The largest chunk of a step's rollout."""
+        rollout = config.rollout
+        count = min(rollout.max_sequences, config.prompts_per_step * rollout.num_generations)
+        prompts = min(config.prompts_per_step, -(-count // rollout.num_generations))
+        return Sequences(count, prompts, config.data.max_prompt_length, rollout.max_completion_length)
+
+    @property
+    def tokens(self) -> int:
+        """At the end of decoding."""
+        return self.count * (self.prompt + self.completion)
+
+
+def hf_parts(facts: ModelFacts, path: Path, kv_per_token: int, sequences: Sequences) -> Parts:
+    """The larger of prefill and decoding."""
+    w, s = facts.widths, sequences
+    one_layer = s.tokens * facts.element * (max(w.keys, 2 * w.queries) if w.num_heads > w.num_key_heads else w.keys)
+    decode = {
+        "KV cache": s.tokens * kv_per_token,
+        "one layer's keys and values again": one_layer,
+        "logits": logit_bytes(s.count, w.vocabulary) + 28 * s.count * s.completion,
+    }
+    whole = Pass(facts, path, Bin((s.prompts * s.prompt,)))
+    mask = s.prompts * s.prompt**2 * (1 + facts.element)
+    prefill = {
+        "KV cache": s.prompts * s.prompt * kv_per_token,
+        "prefill": whole.layer_input() + whole.layer_forward() + mask,
+    }
+    return max(decode, prefill, key=lambda parts: sum(parts.values()))
+
+
+def logit_bytes(rows: int, vocabulary: int) -> int:
+    """What `hf_engine.sample` holds at its peak without truncation: logits and log-probs, float64 terms and sums."""
+    return rows * vocabulary * (4 + 4 + 8 + 8)
+
+
+def engine_working_set(config: GRPOConfig, facts: ModelFacts) -> int:
+    """vLLM beside weights and cache; it stays while the engine sleeps."""
+    w, sequences = facts.widths, config.rollout.max_sequences
+    step = min(BATCHED_TOKENS, sequences * (config.data.max_prompt_length + config.rollout.max_completion_length))
+    activations = step * (4 * w.hidden + 2 * w.queries + 2 * w.mlp) * 2
+    return sequences * w.vocabulary * (4 + 3 * 4) + activations + (_GRAPHS if config.rollout.cuda_graphs else _EAGER)
+
+
+def engine_weights(config: GRPOConfig, facts: ModelFacts) -> int:
+    """What the engine loads for itself: nothing where the frozen base is shared."""
+    shared = facts.adapted and config.rollout.share_weights in (True, "auto") and not config.model.load_in_4bit
+    return 0 if shared else weight_bytes(facts, config)
+
+
+def usable_kv_cache(config: GRPOConfig, kv_per_token: int) -> int:
+    """More cache than this is never filled: max_sequences · (prompt + completion), and 5 %."""
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    return int(_KV_MARGIN * config.rollout.max_sequences * longest * kv_per_token)
+
+
+def kv_cache_of(config: GRPOConfig, facts: ModelFacts, kv_per_token: int, free: int, total: int | None) -> int:
+    """Bytes of vLLM's cache: the size or share that was asked for, or what `free` bytes leave.
+
+    Raises:
+        InputError: `auto`, and not even one sequence fits.
+    """
+    asked: Any = config.rollout.kv_cache
+    if isinstance(asked, float) and asked < 1:
+        return int(asked * (total or 0))
+    if asked != "auto":
+        return parse_bytes(asked)
+    room = int(free * 0.95) - engine_weights(config, facts) - engine_working_set(config, facts)
+    one = (config.data.max_prompt_length + config.rollout.max_completion_length) * kv_per_token
+    if room < one:
+        short = format_bytes(one - room)
+        raise InputError(
+            f"rollout.kv_cache is auto: the cache of one sequence takes {format_bytes(one)}, {short} more than is left "
+            "(want a smaller rollout.max_completion_length or max_sequences, or rollout.share_weights)"
+        )
+    return min(room, usable_kv_cache(config, kv_per_token))
