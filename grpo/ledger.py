@@ -1,18 +1,34 @@
-"""The ledger: seconds and peak memory of every phase of a step. Always on.
+"""The ledger: seconds and memory of every phase of a step. Always on.
 
-    with ledger.phase("rollout"): …
-    row |= ledger.take()            # phase/rollout/seconds, phase/rollout/peak_gib
+    with ledger.phase("update"):
+        for batch in batches:
+            with ledger.phase("forward"): …
+    row |= ledger.take()
 
-A peak is the highest memory of the whole process while the phase was open, what stood there before it included; peaks
-of phases do not add up. A nested phase is part of its parent: its seconds and its peak count for both. torch is never
-imported here, only used when it is loaded. Left out: threads (one ledger belongs to the thread that trains), devices
-other than the current one, and plans (what should be needed is the planner's).
+| `phase/<name>/…` | |
+|---|---|
+| `seconds` | of the phase, those inside it included |
+| `own_seconds` | `seconds` less those of the phases directly inside it, only where there were any: these add up |
+| `peak_gib` | torch's allocator on the current device at its highest; without CUDA the process's resident memory |
+| `reserved_gib` | what torch held on the device for that |
+| `others_gib` | device memory that is not torch's: other processes, CUDA's context, an engine's own pool |
+| `resident_gib`, `pinned_gib` | the process's resident memory, and torch's page-locked host memory |
+
+A peak is the highest of the whole process while the phase was open, what stood there before it included; peaks of
+phases do not add up. A nested phase is part of its parent: its seconds and its peaks count for both.
+
+Outermost phases wait for the device at both borders. Phases inside one never wait (that would drain the queue of
+kernels between forward and backward): an event is recorded on the current stream at each border, and read once the
+outermost phase has waited. torch is never imported here, only used when it is loaded. Left out: threads (one ledger
+belongs to the thread that trains), other devices and streams than the current, and plans (the planner's).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,48 +45,71 @@ class MemoryMeter:
     `resident`: resident set of the process, from /proc (Linux). Writing "5" to /proc/self/clear_refs sets the
     kernel's high-water mark VmHWM back to the present size, so anyone else who reads VmHWM sees the peak since then.
     Where that file is not writable the value is the resident size *at the borders of the phase*, which misses peaks
-    inside it; where there is no /proc there is none. `source` says which of the three holds.
+    inside it; where there is no /proc there is none. `source` says which of the three holds. Both files stay open:
+    opening them at every border would cost more than reading them.
 
     With CUDA in use also `allocated` and `reserved` (torch's allocator, current device) and `pinned` (torch's
-    page-locked host memory). `torch.cuda.reset_peak_memory_stats` is called at each reading.
+    page-locked host memory). torch's peak counters are reset at each reading, which does not wait for the device: the
+    allocators count on the host.
     """
 
     def __init__(self, proc: Path = Path("/proc/self")) -> None:
-        self._status = proc / "status"
-        self._clear_refs = proc / "clear_refs"
-        self._resets = self._reset_resident()
-        if self._resets:
+        self._status = self._keep_open(proc / "status", os.O_RDONLY)
+        self._clear_refs = self._keep_open(proc / "clear_refs", os.O_WRONLY)
+        self._key = b"VmHWM:" if self._reset_resident() else b"VmRSS:"
+        if self._status is None:
+            self.source = f"none ({proc / 'status'} cannot be read)"
+        elif self._key == b"VmHWM:":
             self.source = "peak resident memory of the process (VmHWM)"
-        elif self._status.is_file():
-            self.source = f"resident memory at phase borders only ({self._clear_refs} is not writable)"
         else:
-            self.source = f"none ({self._status} does not exist)"
+            self.source = f"resident memory at phase borders only ({proc / 'clear_refs'} is not writable)"
+
+    def _keep_open(self, path: Path, mode: int) -> int | None:
+        try:
+            descriptor = os.open(path, mode)
+        except OSError:
+            return None
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def synchronize(self) -> None:
         """Wait for the device, if one is in use."""
         if (cuda := _cuda()) is not None:
             cuda.synchronize()
 
+    def mark(self) -> Any:
+        """An event on the current stream, or None where no device is in use."""
+        if (cuda := _cuda()) is None:
+            return None
+        event = cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def peaks(self) -> Peaks:
         """Highest bytes since the last call, and start anew."""
         return self._resident() | self._device()
 
-    def _resident(self) -> Peaks:
-        key = b"VmHWM:" if self._resets else b"VmRSS:"
-        try:
-            status = self._status.read_bytes()
-        except OSError:  # no /proc, or no file descriptors left: that reading is missing, the run goes on
+    def others(self) -> Peaks:
+        """`others`: bytes in use on the device now, as the driver counts them, less what torch has reserved."""
+        if (cuda := _cuda()) is None:
             return {}
-        if self._resets:
-            self._reset_resident()
-        _, found, rest = status.partition(key)
+        free, total = cuda.mem_get_info()
+        return {"others": max(0, total - free - cuda.memory_stats_as_nested_dict()["reserved_bytes"]["all"]["current"])}
+
+    def _resident(self) -> Peaks:
+        if self._status is None:
+            return {}
+        _, found, rest = os.pread(self._status, 8192, 0).partition(self._key)
+        self._reset_resident()
         return {"resident": int(rest.split(maxsplit=1)[0]) * 1024} if found else {}
 
     def _reset_resident(self) -> bool:
+        if self._clear_refs is None:
+            return False
         try:
-            with self._clear_refs.open("wb", buffering=0) as file:
-                file.write(b"5")
+            os.pwrite(self._clear_refs, b"5", 0)
         except OSError:
+            self._clear_refs, self._key = None, b"VmRSS:"
             return False
         return True
 
@@ -78,12 +117,13 @@ class MemoryMeter:
         cuda = _cuda()
         if cuda is None:
             return {}
-        peaks = {"allocated": cuda.max_memory_allocated(), "reserved": cuda.max_memory_reserved()}
+        stats = cuda.memory_stats_as_nested_dict()  # one call; memory_stats() flattens it, which costs more
+        peaks = {kind: stats[f"{kind}_bytes"]["all"]["peak"] for kind in ("allocated", "reserved")}
         cuda.reset_peak_memory_stats()
-        if hasattr(cuda, "host_memory_stats"):
-            pinned = cuda.host_memory_stats().get("allocated_bytes.peak")
+        if hasattr(cuda, "host_memory_stats_as_nested_dict"):
+            pinned = cuda.host_memory_stats_as_nested_dict().get("allocated_bytes")
             if pinned is not None:
-                peaks["pinned"] = pinned
+                peaks["pinned"] = pinned["peak"]
                 cuda.reset_peak_host_memory_stats()
         return peaks
 
@@ -95,13 +135,34 @@ def _cuda() -> Any:
 
 
 @dataclass
-class _Account:
-    seconds: float = 0.0
+class _Span:
+    """One time through a phase. `marks` are the device's events at its borders, None where it ended without them."""
+
+    name: str
+    parent: _Span | None
+    start: float = 0.0
+    first_mark: Any = None
+    last_mark: Any = None
+    seconds: float = 0.0  # by the host's clock
     peaks: Peaks = field(default_factory=dict)
 
-    def raise_peaks(self, peaks: Peaks) -> None:
-        for kind, value in peaks.items():
-            self.peaks[kind] = max(value, self.peaks.get(kind, 0))
+    def by_device(self) -> float:
+        """Seconds between the two events, else the host's."""
+        if self.first_mark is None or self.last_mark is None:
+            return self.seconds
+        return float(self.first_mark.elapsed_time(self.last_mark)) / 1e3
+
+
+@dataclass
+class _Account:
+    seconds: float = 0.0
+    inside: float | None = None  # seconds of the phases directly inside
+    peaks: Peaks = field(default_factory=dict)
+
+
+def _raise_to(peaks: Peaks, others: Peaks) -> None:
+    for kind, value in others.items():
+        peaks[kind] = max(value, peaks.get(kind, 0))
 
 
 class Ledger:
@@ -109,14 +170,15 @@ class Ledger:
 
     Args:
         clock: monotonic seconds.
-        meter: where the bytes come from.
+        meter: where the bytes and the events come from.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, meter: MemoryMeter | None = None) -> None:
         self._clock = clock
         self._meter = MemoryMeter() if meter is None else meter
-        self._open: dict[str, _Account] = {}  # outermost first
-        self._closed: dict[str, _Account] = {}
+        self._open: list[_Span] = []  # outermost first
+        self._ended: list[_Span] = []  # inside the outermost that is open
+        self._accounts: dict[str, _Account] = {}
 
     @property
     def memory_source(self) -> str:
@@ -125,52 +187,76 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Bill everything inside to `name`, also when it ends in an exception. The device is waited for at both
-        borders, except after an exception: the device may be what failed.
+        """Bill everything inside to `name`, also when it ends in an exception; then the device is neither waited for
+        nor asked, since it may be what failed, and seconds are the host's.
 
         Raises:
             ValueError: the phase is open already (its seconds would count twice), or its name has a "/".
         """
-        if name in self._open or "/" in name:
+        if "/" in name or any(span.name == name for span in self._open):
             raise ValueError(f"phase {name!r}: {'has a /' if '/' in name else 'is open already'}")
-        self._meter.synchronize()
-        self._harvest()
-        account = self._open[name] = _Account()
-        start = self._clock()
+        span = self._begin(name)
+        whole = False
         try:
             yield
-            self._meter.synchronize()
+            if span.parent is None:
+                self._meter.synchronize()
+            else:
+                span.last_mark = self._meter.mark()
+            whole = True
         finally:
-            account.seconds = self._clock() - start
-            self._harvest()
-            self._close(name, account)
+            self._end(span, whole)
 
     def take(self) -> dict[str, float]:
-        """`phase/<name>/seconds` and `phase/<name>/peak_gib` of the phases closed since the last call, and clear them.
+        """The row `phase/<name>/…` (see above) of all that closed since the last call, and clear it.
 
-        With CUDA in use `peak_gib` is what torch allocated on the device, and `reserved_gib`, `pinned_gib` and
-        `resident_gib` (the process) stand beside it. Without CUDA it is the resident memory of the process; where
-        even that cannot be read it is left out. A phase that is open goes into a later call.
+        Kinds of memory that cannot be read are left out. A phase that is open, and those inside it, go into a later
+        call.
         """
         row: dict[str, float] = {}
-        for name, account in self._closed.items():
+        for name, account in self._accounts.items():
             row[f"phase/{name}/seconds"] = account.seconds
+            if account.inside is not None:
+                row[f"phase/{name}/own_seconds"] = max(0.0, account.seconds - account.inside)
             peaks = dict(account.peaks)
             main = "allocated" if "allocated" in peaks else "resident"
             if main in peaks:
                 row[f"phase/{name}/peak_gib"] = peaks.pop(main) / GIB
             row |= {f"phase/{name}/{kind}_gib": value / GIB for kind, value in peaks.items()}
-        self._closed = {}
+        self._accounts = {}
         return row
 
-    def _harvest(self) -> None:
-        """What was used since the last border belongs to every phase that is open."""
-        peaks = self._meter.peaks()
-        for account in self._open.values():
-            account.raise_peaks(peaks)
+    def _begin(self, name: str) -> _Span:
+        parent = self._open[-1] if self._open else None
+        if parent is None:
+            self._meter.synchronize()
+        others = self._meter.others()
+        self._harvest(others)
+        span = _Span(name, parent, peaks=others)  # what stands at a border counts on both sides of it
+        span.start, span.first_mark = self._clock(), None if parent is None else self._meter.mark()
+        self._open.append(span)
+        return span
 
-    def _close(self, name: str, account: _Account) -> None:
-        del self._open[name]
-        total = self._closed.setdefault(name, _Account())
-        total.seconds += account.seconds
-        total.raise_peaks(account.peaks)
+    def _end(self, span: _Span, whole: bool) -> None:
+        span.seconds = self._clock() - span.start
+        self._harvest(self._meter.others() if whole else {})
+        self._open.pop()
+        self._ended.append(span)
+        if span.parent is None:
+            for ended in self._ended:
+                self._bill(ended, ended.by_device() if whole else ended.seconds)
+            self._ended = []
+
+    def _harvest(self, others: Peaks) -> None:
+        """What was used since the last border belongs to every phase that is open."""
+        peaks = self._meter.peaks() | others
+        for span in self._open:
+            _raise_to(span.peaks, peaks)
+
+    def _bill(self, span: _Span, seconds: float) -> None:
+        account = self._accounts.setdefault(span.name, _Account())
+        account.seconds += seconds
+        _raise_to(account.peaks, span.peaks)
+        if span.parent is not None:
+            parent = self._accounts.setdefault(span.parent.name, _Account())
+            parent.inside = (parent.inside or 0.0) + seconds

@@ -64,7 +64,9 @@ class SFTTrainer(BaseTrainer):
         with self.phase("update"):
             result = self._within_memory(
                 batches,
-                lambda bins: optimizer_step(self.policy, self.optimizer, self.schedule, bins, totals, self._batch_loss),
+                lambda bins: optimizer_step(
+                    self.policy, self.optimizer, self.schedule, bins, totals, self._batch_loss, self.ledger.phase
+                ),
             )
         tokens = sum(batch.input_ids.numel() for batch in batches)
         self.num_tokens += tokens

@@ -30,6 +30,7 @@ class ScriptedMeter(MemoryMeter):
         self.source = "script"
         self.level = self.peak = 0
         self.synchronized = 0
+        self.device = None  # bytes in use on it that are not torch's
 
     def use(self, gib):
         self.level = gib * GIB
@@ -46,6 +47,50 @@ class ScriptedMeter(MemoryMeter):
     def peaks(self):
         peak, self.peak = self.peak, self.level
         return {self.kind: peak}
+
+    def others(self):
+        return {} if self.device is None else {"others": self.device}
+
+    def mark(self):
+        return None
+
+
+class Stream:
+    """Kernels take seconds on the device and none on the host; an event has a time once the device has got to it."""
+
+    def __init__(self, clock):
+        self.clock, self.done = clock, clock.now  # when the device will have run what is queued
+
+    def queue(self, seconds):
+        self.done = max(self.done, self.clock.now) + seconds
+
+    def synchronize(self):
+        self.clock.now = max(self.done, self.clock.now)
+
+    def record(self):
+        return Event(self, max(self.done, self.clock.now))
+
+
+class Event:
+    def __init__(self, stream, at):
+        self.stream, self.at = stream, at
+
+    def elapsed_time(self, other):
+        assert self.stream.clock.now >= max(self.at, other.at), "read before the device got there"
+        return (other.at - self.at) * 1e3
+
+
+class StreamMeter(ScriptedMeter):
+    def __init__(self, stream):
+        super().__init__("allocated")
+        self.stream = stream
+
+    def synchronize(self):
+        super().synchronize()
+        self.stream.synchronize()
+
+    def mark(self):
+        return self.stream.record()
 
 
 @pytest.fixture
@@ -96,6 +141,7 @@ def test_a_nested_phase_is_part_of_its_parent(house, before, inside, after, oute
         "phase/score/seconds": 2.0,
         "phase/score/peak_gib": float(inside),
         "phase/evaluation/seconds": 7.0,
+        "phase/evaluation/own_seconds": 5.0,
         "phase/evaluation/peak_gib": outer_peak,
     }
 
@@ -106,7 +152,7 @@ def test_an_exception_closes_the_phase_and_passes(house):
         clock.now += 3
         meter.spike(4)
         raise KeyboardInterrupt
-    assert meter.synchronized == 2  # both entries, no exit: the device may be what failed
+    assert meter.synchronized == 1  # the outer entry, no exit: the device may be what failed
     with ledger.phase("inner"):
         clock.now += 1
     row = ledger.take()
@@ -121,10 +167,177 @@ def test_an_open_phase_goes_into_a_later_row(house):
         clock.now += 1
         with ledger.phase("hash"):
             clock.now += 1
-        assert set(ledger.take()) == {"phase/hash/seconds", "phase/hash/peak_gib"}
+        assert ledger.take() == {}  # no event may be read before the outermost phase has waited
         clock.now += 1
-    assert ledger.take()["phase/save/seconds"] == 3.0
-    assert meter.synchronized == 4
+    row = ledger.take()
+    assert row["phase/save/seconds"] == 3.0 and row["phase/hash/seconds"] == 1.0
+    assert meter.synchronized == 2
+
+
+def test_bins_add_up_in_their_phases_and_own_seconds_add_up_to_the_whole(house):
+    ledger, clock, meter = house
+    seconds = {"forward": (1.0, 2.0, 0.5), "backward": (2.0, 4.0, 1.0)}
+    spikes = {"forward": (3, 8, 4), "backward": (9, 5, 6)}
+    for step in range(2):
+        with ledger.phase("update"):
+            clock.now += 0.25
+            for bin_ in range(3):
+                for name in ("forward", "backward"):
+                    with ledger.phase(name):
+                        clock.now += seconds[name][bin_]
+                        meter.spike(spikes[name][bin_] + step)
+                clock.now += 0.125
+            with ledger.phase("optimizer"):
+                clock.now += 0.5
+                meter.spike(1)
+            meter.spike(2)
+    row = ledger.take()
+    assert {key.split("/", 1)[1]: value for key, value in row.items()} == {
+        "forward/seconds": 7.0,
+        "forward/peak_gib": 9.0,
+        "backward/seconds": 14.0,
+        "backward/peak_gib": 10.0,
+        "optimizer/seconds": 1.0,
+        "optimizer/peak_gib": 1.0,
+        "update/seconds": 23.25,
+        "update/own_seconds": 2 * (0.25 + 3 * 0.125),
+        "update/peak_gib": 10.0,
+    }
+    own = {key.split("/")[1]: row[key] for key in row if key.endswith("/seconds")}
+    own |= {key.split("/")[1]: row[key] for key in row if key.endswith("/own_seconds")}
+    assert sum(own.values()) == row["phase/update/seconds"]
+
+
+def test_own_seconds_leave_out_children_and_not_grandchildren_twice(house):
+    ledger, clock, _ = house
+    for name in ("rollout", "evaluation"):  # "sync" is inside both, and also stands alone
+        with ledger.phase(name):
+            clock.now += 1
+            with ledger.phase("sync"):
+                clock.now += 2
+                with ledger.phase("probe"):
+                    clock.now += 4
+    with ledger.phase("sync"):
+        clock.now += 8
+    row = {key: value for key, value in ledger.take().items() if key.endswith("seconds")}
+    assert row == {
+        "phase/probe/seconds": 8.0,
+        "phase/sync/seconds": 20.0,
+        "phase/sync/own_seconds": 12.0,
+        "phase/rollout/seconds": 7.0,
+        "phase/rollout/own_seconds": 1.0,
+        "phase/evaluation/seconds": 7.0,
+        "phase/evaluation/own_seconds": 1.0,
+    }
+
+
+def test_inside_a_phase_seconds_are_those_of_the_device_and_nobody_waits_for_it():
+    clock = Clock()
+    stream = Stream(clock)
+    meter = StreamMeter(stream)
+    ledger = Ledger(clock, meter)
+    stream.queue(50.0)  # of before: waited for at the border, so nobody's
+    with ledger.phase("update"):
+        for _ in range(2):
+            with ledger.phase("forward"):
+                clock.now += 0.5  # the host queues for half a second what takes the device 3
+                stream.queue(3.0)
+            with ledger.phase("backward"):
+                clock.now += 0.5
+                stream.queue(6.0)
+        with ledger.phase("optimizer"):
+            clock.now += 40.0  # on the host alone, 22 of them while the device is still busy
+    assert meter.synchronized == 2
+    row = ledger.take()
+    assert row["phase/forward/seconds"] == 0.5 + 3.0 + 3.0  # the device stood idle for the first half second
+    assert row["phase/backward/seconds"] == 12.0
+    assert row["phase/optimizer/seconds"] == 42.0 - 18.5
+    assert row["phase/update/seconds"] == 42.0
+    assert row["phase/update/own_seconds"] == 0.0
+
+
+def test_a_failed_phase_has_the_host_s_seconds_and_the_device_is_not_asked():
+    clock = Clock()
+    meter = StreamMeter(Stream(clock))
+    meter.device = 2 * GIB
+    ledger = Ledger(clock, meter)
+    with ledger.phase("update"):
+        with pytest.raises(MemoryError), ledger.phase("forward"):  # does not fit, and is tried again
+            clock.now += 1
+            meter.stream.queue(100.0)
+            meter.device = 9 * GIB
+            raise MemoryError
+        meter.device = 3 * GIB
+        with ledger.phase("forward"):
+            meter.stream.queue(5.0)
+    row = ledger.take()
+    assert row["phase/forward/seconds"] == 6.0
+    assert row["phase/forward/others_gib"] == 3.0 and row["phase/update/others_gib"] == 3.0
+    with pytest.raises(RuntimeError), ledger.phase("update"), ledger.phase("backward"):
+        clock.now += 2
+        meter.stream.queue(7.0)  # is never reached: no event may be read
+        raise RuntimeError
+    row = ledger.take()
+    assert row["phase/backward/seconds"] == row["phase/update/seconds"] == 2.0
+    with ledger.phase("update"):  # nothing is left over from it
+        pass
+    assert set(ledger.take()) == {f"phase/update/{key}" for key in ("seconds", "peak_gib", "others_gib")}
+
+
+def test_others_are_the_most_that_was_seen_at_a_border(house):
+    ledger, _, meter = house
+    meter.device = 1 * GIB
+    with ledger.phase("rollout"):
+        with ledger.phase("wake"):
+            meter.device = 40 * GIB  # an engine's own pool
+        with ledger.phase("sleep"):
+            meter.device = 2 * GIB
+    with ledger.phase("update"):
+        meter.device = 99 * GIB  # between two borders nobody looks
+        meter.device = 3 * GIB
+    row = {key: value for key, value in ledger.take().items() if key.endswith("others_gib")}
+    assert row == {
+        "phase/wake/others_gib": 40.0,
+        "phase/sleep/others_gib": 40.0,
+        "phase/rollout/others_gib": 40.0,
+        "phase/update/others_gib": 3.0,
+    }
+
+
+class FakeCuda:
+    """torch.cuda as far as the meter uses it."""
+
+    def __init__(self):
+        self.current = {"allocated": 5, "reserved": 8}
+        self.peak = {"allocated": 7, "reserved": 12}
+        self.pinned, self.free, self.total = 3, 50, 80
+        self.memory_stats_as_nested_dict = lambda: {
+            f"{kind}_bytes": {"all": {"current": self.current[kind] * GIB, "peak": self.peak[kind] * GIB}}
+            for kind in self.current
+        }
+        self.reset_peak_memory_stats = lambda: self.peak.update(self.current)
+        self.host_memory_stats_as_nested_dict = lambda: {"allocated_bytes": {"peak": self.pinned * GIB}}
+        self.reset_peak_host_memory_stats = lambda: setattr(self, "pinned", 1)
+        self.mem_get_info = lambda: (self.free * GIB, self.total * GIB)
+
+
+def test_the_meter_reads_the_allocators_and_leaves_torch_s_own_out_of_others(monkeypatch, tmp_path):
+    cuda = FakeCuda()
+    monkeypatch.setattr("grpo.ledger._cuda", lambda: cuda)
+    meter = MemoryMeter(tmp_path)
+    assert meter.others() == {"others": (80 - 50 - 8) * GIB}
+    assert meter.peaks() == {"allocated": 7 * GIB, "reserved": 12 * GIB, "pinned": 3 * GIB}
+    assert meter.peaks() == {"allocated": 5 * GIB, "reserved": 8 * GIB, "pinned": 1 * GIB}  # anew
+    cuda.free = 79  # the driver may lag behind the allocator
+    assert meter.others() == {"others": 0}
+    assert Ledger(meter=meter).take() == {}
+
+
+def test_a_meter_gives_its_files_back():
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        assert MemoryMeter().peaks()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @pytest.mark.parametrize("name", ["rollout", "a/b"])
@@ -142,7 +355,9 @@ def test_with_a_device_the_peak_is_the_device_s():
         def peaks(self):
             return {"resident": 1 * GIB, "allocated": 20 * GIB, "reserved": 24 * GIB, "pinned": 3 * GIB}
 
-    ledger = Ledger(Clock(), Device())
+    meter = Device()
+    meter.device = 2 * GIB
+    ledger = Ledger(Clock(), meter)
     with ledger.phase("update"):
         pass
     assert ledger.take() == {
@@ -151,6 +366,7 @@ def test_with_a_device_the_peak_is_the_device_s():
         "phase/update/resident_gib": 1.0,
         "phase/update/reserved_gib": 24.0,
         "phase/update/pinned_gib": 3.0,
+        "phase/update/others_gib": 2.0,
     }
 
 
@@ -269,3 +485,35 @@ def test_on_a_device_each_phase_has_its_own_peak_and_waits_for_its_kernels():
     assert row["phase/small/pinned_gib"] >= 128 * MIB / GIB > row["phase/big/pinned_gib"]
     assert row["phase/small/resident_gib"] > 0
     del standing, pinned
+
+
+@pytest.mark.gpu
+def test_on_a_device_bins_have_their_own_seconds_and_peaks_without_waiting():
+    import torch
+
+    torch.cuda.init()
+    matrix = torch.randn(8192, 8192, device="cuda")
+    matrix @ matrix
+    ledger = Ledger()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(4)]
+    queued = 0.0
+    with ledger.phase("update"):
+        start = time.perf_counter()
+        for index, (first, last) in enumerate(events):
+            with ledger.phase(("forward", "backward")[index % 2]):
+                first.record()
+                for _ in range((5, 20)[index % 2]):
+                    matrix @ matrix
+                last.record()
+                spike = torch.empty((256, 1024)[index % 2] * MIB, dtype=torch.uint8, device="cuda")
+                del spike
+        queued = time.perf_counter() - start
+    row = ledger.take()
+    seconds = [first.elapsed_time(last) / 1e3 for first, last in events]
+    assert queued < sum(seconds) / 2  # nobody waited between the bins
+    assert row["phase/forward/seconds"] == pytest.approx(seconds[0] + seconds[2], rel=0.05, abs=1e-3)
+    assert row["phase/backward/seconds"] == pytest.approx(seconds[1] + seconds[3], rel=0.05, abs=1e-3)
+    assert row["phase/update/seconds"] >= row["phase/forward/seconds"] + row["phase/backward/seconds"] - 1e-3
+    assert 0.7 < row["phase/backward/peak_gib"] - row["phase/forward/peak_gib"] < 0.8
+    assert row["phase/update/peak_gib"] == row["phase/backward/peak_gib"]
+    assert 0.1 < row["phase/update/others_gib"] < torch.cuda.get_device_properties(0).total_memory / GIB

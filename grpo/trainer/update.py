@@ -9,7 +9,8 @@ Left out: the formulas (grpo/algorithm) and the head (grpo/kernels).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,13 @@ from grpo.config import GRPOConfig
 from grpo.model.policy import Policy
 from grpo.optim import Schedule
 
+Phase = Callable[[str], AbstractContextManager[Any]]
 BatchLoss = Callable[[TokenBatch, Totals], tuple[Tensor, dict[str, Tensor], Tensor]]
+
+
+def no_phase(name: str) -> AbstractContextManager[None]:
+    """Bills nothing."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,11 @@ def optimizer_step(
     batches: list[TokenBatch],
     totals: Totals,
     batch_loss: BatchLoss,
+    phase: Phase = no_phase,
 ) -> StepResult:
     """Backward of every bin, then clip and step. The supervised stage runs through here too.
 
+    `phase` is entered as "forward" and "backward" once per bin, and as "optimizer" once.
     A non-finite loss or gradient norm leaves weights, optimizer state and schedule bitwise as they were. With no bins
     (nothing to learn from) weights and optimizer state stay too, and the schedule moves on.
     """
@@ -54,24 +63,33 @@ def optimizer_step(
     policy.module.train()
     losses, parts, logprobs = [], [], []
     for batch in batches:
-        loss, batch_metrics, batch_logprobs = batch_loss(batch.to(policy.device), totals)
-        loss.backward()
+        with phase("forward"):
+            loss, batch_metrics, batch_logprobs = batch_loss(batch.to(policy.device), totals)
+        with phase("backward"):
+            loss.backward()
         losses.append(loss.detach())
         parts.append(batch_metrics)
         logprobs.append(batch_logprobs)
-    loss_value = grad_norm = 0.0
-    if batches:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.config.max_grad_norm)
-        loss_value, grad_norm = torch.stack([torch.stack(losses).sum().double(), norm.double()]).tolist()
-    finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
-    if batches and finite:
-        optimizer.step()
+    with phase("optimizer"):
+        loss_value, grad_norm = _clipped(parameters, losses, schedule.config.max_grad_norm)
+        finite = math.isfinite(loss_value) and math.isfinite(grad_norm)
+        if batches and finite:
+            optimizer.step()
     if finite:
         schedule.position += 1
     optimizer.zero_grad(set_to_none=True)
     metrics: dict[str, float] = combine_metrics(parts) if any(parts) else {}
     metrics |= {"loss": loss_value, "grad_norm": grad_norm, "learning_rate": learning_rate}
     return StepResult(metrics, bool(batches) and finite, finite, logprobs)
+
+
+def _clipped(parameters: Sequence[Tensor], losses: list[Tensor], max_norm: float) -> tuple[float, float]:
+    """Clip the gradients; the step's loss and the norm before clipping, in one transfer to the host."""
+    if not losses:
+        return 0.0, 0.0
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    loss, grad_norm = torch.stack([torch.stack(losses).sum().double(), norm.double()]).tolist()
+    return loss, grad_norm
 
 
 def update(
@@ -81,8 +99,13 @@ def update(
     config: GRPOConfig,
     knobs: Mapping[str, Any],
     buffer: RolloutBuffer,
+    *,
+    phase: Phase = no_phase,
 ) -> tuple[StepResult, RolloutBuffer]:
-    """One GRPO optimizer step on `buffer`. Returns its result and the buffer one iteration on."""
+    """One GRPO optimizer step on `buffer`. Returns its result and the buffer one iteration on.
+
+    `phase` is that of `optimizer_step`: a ledger's `phase` bills forward, backward and optimizer apart.
+    """
     entropy = "grad" if config.objective.entropy_coef else True
     threshold = _entropy_threshold(policy, config, buffer)
 
@@ -108,7 +131,7 @@ def update(
         )
         return loss, metrics, output.logprobs.detach()
 
-    result = optimizer_step(policy, optimizer, schedule, buffer.batches, buffer.totals, batch_loss)
+    result = optimizer_step(policy, optimizer, schedule, buffer.batches, buffer.totals, batch_loss, phase)
     batches = buffer.batches
     if buffer.iteration == 0 and config.objective.num_iterations > 1:
         batches = [_with_old(batch, values) for batch, values in zip(batches, result.logprobs, strict=True)]
