@@ -101,7 +101,7 @@ def _steps(case: Case, method: Method, card: Card, rate: Rate) -> Row:
         found["pinned_gib"] = round(policy.checkpointer.host.arena.capacity / GIB, 4)
     if not math.isfinite(found["gradient_norm"]):
         raise RunError(f"{method.name}, {case.length} tokens: the gradient is not finite")
-    found["tokens_per_s"] = round(case.length / found["seconds"], 1)
+    found["tokens_per_s"] = round(case.rows * case.length / found["seconds"], 1)
     found["mfu"] = round(model_flops(model, case) / found["seconds"] / rate.flops, 4)
     return found
 

@@ -36,6 +36,8 @@ class Card:
     """
 
     def __init__(self, device: torch.device, size: int | None = None) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.size = device, size
         self._meter = MemoryMeter()
         if size is not None and device.type != "cuda":
@@ -102,9 +104,9 @@ class Rate:
     flops: float
 
     @staticmethod
-    def of(card: Card, seconds: float = 1.0) -> Rate:
-        """Best of the products that fit into `seconds`, 8192 cubed in bf16 (256 in fp32 on a CPU)."""
-        size = 8192 if card.device.type == "cuda" else 256
+    def of(card: Card) -> Rate:
+        """Best of those that fit into a second, 8192 cubed in bf16 (a tenth, 256 cubed in fp32 on a CPU)."""
+        size, seconds = (8192, 1.0) if card.device.type == "cuda" else (256, 0.1)
         a, b = (torch.randn(size, size, device=card.device, dtype=card.dtype) for _ in range(2))
         start, best = time.perf_counter(), math.inf
         while time.perf_counter() - start < seconds or best == math.inf:
@@ -118,7 +120,7 @@ class Rate:
 
 
 def model_flops(model: nn.Module, case: Case) -> int:
-    """Of one step over one row (see the top of this file)."""
+    """Of one step over all rows (see the top of this file)."""
     causal: Any = base_of(model)
     config, head = causal.config, causal.get_output_embeddings()
     linears = [m for m in causal.modules() if isinstance(m, nn.Linear) and m is not head]
@@ -128,5 +130,5 @@ def model_flops(model: nn.Module, case: Case) -> int:
     factor = 6 if case.training == "full" else 4
     tokens, scored = case.length, case.length - num_prompt(case.length)
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    products = factor * base * tokens + 6 * adapter * tokens
-    return products + factor * head.weight.numel() * scored + 6 * config.num_hidden_layers * width * tokens**2
+    products = factor * base * tokens + 6 * adapter * tokens + factor * head.weight.numel() * scored
+    return case.rows * (products + 6 * config.num_hidden_layers * width * tokens**2)

@@ -12,7 +12,6 @@ Left out: memory that does not grow linearly. The line is drawn anew through the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,14 +86,14 @@ class Search:
             return low + (high - low) / 2 if high is not None else 2 * low
         bound = (self.capacity_gib - line[0]) / line[1]
         if high is None:
-            return _MARGIN * bound if low < (_MARGIN - PRECISION / 2) * bound else max(bound, low * (1 + PRECISION))
+            return _MARGIN * bound if low < (_MARGIN - PRECISION / 2) * bound else low * (1 + PRECISION)
         if low < _MARGIN * bound < high:
             return _MARGIN * bound
         return max((low + high) / 2, high * (1 - 2 * PRECISION))
 
     def _clear_of(self, low: int, high: int | None, wanted: float) -> int:
         """A multiple of `step` above `low`, below `high` and at most `most`."""
-        tokens = max(low + self.step, math.ceil(wanted / self.step) * self.step)
+        tokens = max(low + self.step, int(wanted) // self.step * self.step)
         if high is not None:
             tokens = min(tokens, high - self.step) if high - self.step > low else (low + high) // 2
         return min(tokens, self.most)
