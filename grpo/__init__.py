@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo.config import GRPOConfig, SFTConfig
     from grpo.errors import InputError, RunError
+    from grpo.planner import plan
     from grpo.sft import SFTTrainer
     from grpo.trainer.loop import GRPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig", "GRPOTrainer", "InputError", "RunError", "SFTConfig", "SFTTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "InputError", "RunError", "SFTConfig", "SFTTrainer", "plan"]
 
 _HOMES = {
     "GRPOConfig": "grpo.config",
@@ -26,6 +27,7 @@ _HOMES = {
     "SFTTrainer": "grpo.sft",
     "InputError": "grpo.errors",
     "RunError": "grpo.errors",
+    "plan": "grpo.planner",
 }
 
 

@@ -1,4 +1,4 @@
-"""The `grpo` command: demo, train, sft, evaluate, check-rewards.
+"""The `grpo` command: demo, train, sft, evaluate, check-rewards, plan.
 
 Exit codes: 0 done, 1 the run failed (the folder is saved), 2 bad input, 75 stopped by a signal (resume it).
 Left out: anything a Python caller could want too. Each command is a few lines over the public classes.
@@ -135,6 +135,24 @@ def check_rewards(
     return 0 if report.ok else 1
 
 
+def plan(
+    config: tyro.conf.Positional[ConfigFile],
+    overrides: tyro.conf.Positional[Overrides],
+    /,
+    gpu: Annotated[
+        str | None, tyro.conf.arg(metavar="SIZE", help="memory of the card, e.g. 24GB; default: here")
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """Predict the memory of a run, phase by phase, without reading weights; exit code 1 when it does not fit."""
+    from grpo.config import GRPOConfig
+    from grpo.plan_report import planned
+
+    found, lines = planned(GRPOConfig.from_file(config, overrides), gpu)
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0 if found.fits else 1
+
+
 def demo(
     seed: Annotated[int, tyro.conf.arg(help="of data, model and sampling")] = 0,
     output_dir: Annotated[
@@ -156,6 +174,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "sft": sft,
     "evaluate": evaluate,
     "check-rewards": check_rewards,
+    "plan": plan,
 }
 
 

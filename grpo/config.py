@@ -41,6 +41,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _tokens_or_auto(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("want a whole number, at least 1, or auto")
+
+
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
@@ -262,7 +268,9 @@ class OptimizerConfig(Section):
 class UpdateConfig(Section):
     """How the policy update fits into memory. No knob here changes the gradient."""
 
-    max_tokens_per_batch: Int = Field(16384, ge=1, description="tokens in one packed bin; sets the update's peak")
+    max_tokens_per_batch: Annotated[int | Literal["auto"], BeforeValidator(_tokens_or_auto)] = Field(
+        16384, description="tokens in one packed bin; sets the update's peak; auto: the most that fit, see grpo plan"
+    )
     activation_checkpointing: Literal["none", "recompute", "offload"] = Field(
         "recompute",
         description="recompute: keep only layer inputs; offload: keep them in pinned host memory "

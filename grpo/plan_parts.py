@@ -164,7 +164,9 @@ def _widths(model: Any) -> Widths:
     hidden = embedding.shape[1]
     first: Any = layers[0] if layers else None
     attention, mlp = (getattr(first, name, None) for name in ("self_attn", "mlp"))
-    q, k, gate = getattr(attention, "q_proj", None), getattr(attention, "k_proj", None), getattr(mlp, "gate_proj", None)
+    q: Any = getattr(attention, "q_proj", None)
+    k: Any = getattr(attention, "k_proj", None)
+    gate: Any = getattr(mlp, "gate_proj", None)
     known = all(isinstance(linear, nn.Linear) for linear in (q, k, gate))
     heads = getattr(config, "num_attention_heads", 1)
     queries, keys = (q.out_features, k.out_features) if known else (hidden, hidden)

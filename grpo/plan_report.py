@@ -116,8 +116,8 @@ def smallest_change(planner: Planner, plan: Plan) -> list[Knob] | None:
     available = list(knobs(plan.config))
     leanest = list({_key(knob): knob for knob in available}.values())  # of several values the last saves most
     if not fits(leanest):
-        leanest = _with_shorter_completions(planner, plan, leanest)
-        return None if leanest is None else _pruned(leanest, fits)
+        shortened = _with_shorter_completions(planner, plan, leanest)
+        return None if shortened is None else _pruned(shortened, fits)
     for count in range(1, _MOST_KNOBS + 1):
         for chosen in itertools.combinations(available, count):
             if len({_key(knob) for knob in chosen}) == count and fits(chosen):
@@ -291,6 +291,6 @@ def planned(config: RunConfig, gpu: str | int | None, hf_config: Any = None) -> 
 
     planner = Planner(hf_config if hf_config is not None else load_model_config(config.model), gpu)
     if planner.gpu is not None and planner.gpu <= CUDA_CONTEXT:
-        raise InputError(f"--gpu: {format_bytes(planner.gpu)} is less than a CUDA context takes (want one like 24GB)")
+        raise InputError(f"gpu: {format_bytes(planner.gpu)} is less than a CUDA context takes (want one like 24GB)")
     plan = planner.plan(config)
     return plan, plan_table(plan, planner)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from grpo.config import GRPOConfig, RunConfig
+from grpo.config import AdapterConfig, GRPOConfig, RunConfig
 from grpo.errors import InputError
 from grpo.model.host_arena import available_host_bytes
 from grpo.model.load import load_model_config
@@ -278,8 +278,8 @@ def auto_kv_cache(config: GRPOConfig, hf_config: Any, free_bytes: int) -> int:
 
 def longest_document(config: RunConfig) -> int:
     """Tokens of the longest prompt with the longest completion."""
-    completion = getattr(config, "rollout", config).max_completion_length
-    return config.data.max_prompt_length + completion
+    limits: Any = config.rollout if isinstance(config, GRPOConfig) else config
+    return config.data.max_prompt_length + int(limits.max_completion_length)
 
 
 def documents_per_step(config: RunConfig) -> int:
@@ -297,6 +297,24 @@ def free_gpu_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+def plan_of_run(config: RunConfig, hf_config: Any, device: torch.device, *, adapted: bool) -> tuple[int, Plan | None]:
+    """Tokens of a bin of a run whose model is on `device`, and its plan (None without CUDA).
+
+    `adapted`: also by an adapter that the configuration does not know; it is planned as a LoRA of rank 16.
+    """
+    if adapted and config.adapter is None:
+        config = config.model_copy(update={"adapter": AdapterConfig()})
+    asked = config.update.max_tokens_per_batch
+    tokens = auto_tokens_per_batch(config, hf_config, free_gpu_bytes(device)) if asked == "auto" else int(asked)
+    if device.type != "cuda":
+        return tokens, None
+    update = config.update.model_copy(update={"max_tokens_per_batch": tokens})
+    try:
+        return tokens, plan(config.model_copy(update={"update": update}), hf_config=hf_config)
+    except InputError:  # a model of a class that transformers does not know: it trains, unplanned
+        return tokens, None
+
+
 def gpu_bytes(gpu: str | int | None) -> int | None:
     """`gpu` as bytes; None: of the present GPU, or None without one. Raises `InputError` for what is no size."""
     if gpu is None:
@@ -304,4 +322,4 @@ def gpu_bytes(gpu: str | int | None) -> int | None:
     try:
         return parse_bytes(gpu)
     except ValueError as error:
-        raise InputError(f"--gpu: {error}") from None
+        raise InputError(f"gpu: {error}") from None

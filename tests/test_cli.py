@@ -341,3 +341,63 @@ def test_a_tracker_is_an_addition_and_its_loss_ends_nothing(home, capsys, monkey
     assert seen == [(1, rows[0]["reward"]), (2, rows[1]["reward"])]
     assert out.count("tracker stopped, the run goes on without it: network is down") == 1
     assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_plan_prints_phases_and_ends_with_the_verdict(home, capsys):
+    code, out, _ = run("plan", "config.yaml", "--gpu", "24GB", capsys=capsys)
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for phase in ("load", "rollout", "score", "forward", "backward", "optimizer", "save"):
+        assert any(line.startswith(f"{phase} ") for line in lines), phase
+    assert any(line.startswith("fits: peak") and "22.35 GiB" in line for line in lines)
+    assert not Path("run").exists()
+
+
+def test_a_plan_that_does_not_fit_names_the_smallest_change(home, capsys):
+    arguments = ["rollout.max_completion_length=100000", "rollout.max_sequences=8", "--gpu", "1GB"]
+    code, out, _ = run("plan", "config.yaml", *arguments, capsys=capsys)
+    assert code == 1
+    assert "does not fit: peak" in out
+    change = out.partition("smallest change that fits: ")[2].rpartition(" (")[0].split()
+    assert change
+    code, out, _ = run("plan", "config.yaml", *arguments[:2], *change, *arguments[2:], capsys=capsys)
+    assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--gpu", "big"], "gpu: 'big' is no size of memory"),
+        (["--gpu", "100MB"], "gpu: 95 MiB is less than a CUDA context takes"),
+        (["model.name_or_path=./nowhere"], "model.name_or_path is './nowhere': no such folder"),
+        (
+            ["update.max_tokens_per_batch=most"],
+            "max_tokens_per_batch is 'most' (want a whole number, at least 1, or auto)",
+        ),
+        (["update.max_tokens_per_batch=0"], "max_tokens_per_batch is 0 (want a whole number, at least 1, or auto)"),
+    ],
+)
+def test_bad_input_of_a_plan_is_one_line(home, capsys, arguments, line):
+    code, _, err = run("plan", "config.yaml", *arguments, capsys=capsys)
+    assert code == 2
+    assert line in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_plan_without_a_gpu_has_no_verdict(home, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, out, _ = run("plan", "config.yaml", "update.max_tokens_per_batch=auto", capsys=capsys)
+    assert code == 0
+    assert "no GPU here: pass --gpu SIZE for a verdict" in out
+    assert "fit:" not in out
+    assert "bins of" in out
+
+
+def test_auto_bins_are_a_number_in_the_run_and_auto_in_its_configuration(home, capsys):
+    code, out, _ = run("train", "config.yaml", "update.max_tokens_per_batch=auto", "max_steps=1", capsys=capsys)
+    assert code == 0
+    if not torch.cuda.is_available():
+        assert "update.max_tokens_per_batch: auto is 16,384 tokens" in out
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["update"]["max_tokens_per_batch"] == "auto"

@@ -29,6 +29,8 @@ from grpo.ledger import Ledger
 from grpo.model.policy import Policy
 from grpo.optim import Schedule, make_optimizer
 from grpo.packing import smaller_bins
+from grpo.plan_report import compare_line, plan_lines
+from grpo.planner import plan_of_run
 from grpo.seeds import generators, restore_generators
 from grpo.trainer.checkpoint import SaveError, newest_checkpoint, save_checkpoint
 from grpo.trainer.console import Console, ProgressView
@@ -45,6 +47,7 @@ from grpo.trainer.update import StepResult
 
 MAX_NONFINITE_IN_A_ROW = 3
 MAX_HALVINGS = 3  # of the bins, in one step that does not fit
+COMPARED_AT = 2  # the step whose memory is held against the plan: optimizer state is there from the first on
 Result = TypeVar("Result")
 # Knobs that change what is written or shown, never the trajectory: free to differ on resume.
 _FREE_ON_RESUME = ("output_dir", "logging.", "checkpoint.", "evaluation.", "rollout.max_sequences")
@@ -81,7 +84,9 @@ class BaseTrainer:
         self.step = 0
         self.num_tokens = 0
         self.nonfinite_in_a_row = 0
-        self.tokens_per_bin = config.update.max_tokens_per_batch  # less once the device ran out of memory
+        # tokens_per_bin: less once the device ran out of memory. plan: None without CUDA.
+        hf_config = policy.causal_lm.config
+        self.tokens_per_bin, self.plan = plan_of_run(config, hf_config, policy.device, adapted=policy.adapted)
         self.stop_requested = False
         self.first_row: dict[str, float] = {}  # measured before the first step, written into its row
         self._interrupted = False
@@ -140,7 +145,9 @@ class BaseTrainer:
 
     def notes(self) -> Sequence[str]:
         """Lines for the start of a run."""
-        return self.policy.notes()
+        bins = self.config.update.max_tokens_per_batch
+        chosen = [f"update.max_tokens_per_batch: auto is {self.tokens_per_bin:,} tokens"] if bins == "auto" else []
+        return [*(plan_lines(self.plan) if self.plan else []), *chosen, *self.policy.notes()]
 
     def release(self) -> None:
         """End what must not outlive a run (worker processes)."""
@@ -156,6 +163,8 @@ class BaseTrainer:
                 while self.step < self.config.max_steps and not self.stop_requested:
                     row = self._guarded_step()
                     view.update(row)
+                    if self.step == COMPARED_AT and self.plan and (line := compare_line(self.plan, row)):
+                        self.say(line)
                     if self._due(self.config.checkpoint.every_steps):
                         self.save()
                     yield row
