@@ -184,8 +184,9 @@ def _kind_of(function: Any, names: Collection[str], label: str) -> Kind:
     if hasattr(function, "forward") and hasattr(function, "parameters"):
         hint = "; it looks like a reward model: call it in a function of prompts and completions"
     near = next((nearest(each, ("completions", "completion", "prompts")) for each in names), "")
+    end = hint or near or missing_arguments(function)
     raise InputError(
-        f"{label}: has neither a parameter 'completions' (all at once) nor 'completion' (one at a time){hint or near or missing_arguments(function)}"
+        f"{label}: has neither a parameter 'completions' (all at once) nor 'completion' (one at a time){end}"
     )
 
 

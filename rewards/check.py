@@ -2,11 +2,11 @@ r"""`check`: whether a reward function scores what it should, before any model i
 
 Shows the function dozens of completions per row (see probes.py), each of them three times, once in another order, and
 reports with row and column: constant rewards, None for a whole value of a label column, gold below the maximum, wrong
-or empty answers at the maximum, scores that change, wrong lengths and types, slow calls, changed inputs, and a weight
-that drowns the others. `top` is the highest score seen (or `maximum`), `bottom` the lowest; "at the top" is within
-5 % of that range, and 50 % for functions that do not look at the answer (formats, lengths).
+or empty answers at the maximum, scores that change, wrong lengths and types, calls that are slow or never end, changed
+inputs, and a weight that drowns the others. `top` is the highest score seen (or `maximum`), `bottom` the lowest; "at
+the top" is within 5 % of that range, and 50 % for functions that do not look at the answer (formats, lengths).
 Source: mistakes reproduced with rewards in use, listed in probes.py.
-Left out: what a model's own completions score (the trainer's command measures that), and limits of time.
+Left out: what a model's own completions score (the trainer's command measures that).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from rewards.check_calls import Caller
+from rewards.check_calls import Caller, name_of
 from rewards.check_report import Finding, Report, Setting
 from rewards.check_trial import Trial
 
@@ -27,6 +27,7 @@ def check(
     samples: Iterable[Mapping[str, Any]],
     *,
     weights: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
     **setting: Any,
 ) -> Report:
     r"""Try reward functions on completions made from `samples`; see the top of the file for what is reported.
@@ -35,6 +36,7 @@ def check(
         functions: one, or all that a run adds up.
         samples: rows of the dataset, with `prompt` and the columns that the functions name; 8 to 64 are enough.
         weights: of the functions; 1 each.
+        names: of the functions, in findings; their own.
         setting: see `Setting`.
 
     Raises:
@@ -56,9 +58,10 @@ def check(
     if not rows:
         raise ValueError("check: no rows (want at least one)")
     every = [functions] if callable(functions) else list(functions)
+    called = [name_of(each) for each in every] if names is None else list(names)
     plan = Setting(**setting)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    trials = [Trial(Caller(each, columns, plan.tokenize, plan.without), rows, plan) for each in every]
+    trials = [Trial(_caller(each, name, columns, plan), rows, plan) for each, name in zip(every, called, strict=True)]
     for trial in trials:
         trial.run()
     findings = [finding for trial in trials for finding in trial.findings()]
@@ -66,6 +69,11 @@ def check(
     kept = [finding for finding in findings if finding.kind not in plan.skip]
     kept.sort(key=lambda finding: finding.level != "error")
     return Report(kept, {trial.name: trial.summary() for trial in trials})
+
+
+def _caller(function: Callable[..., Any], name: str, columns: Sequence[str], plan: Setting) -> Caller:
+    limit = None if name in plan.in_process else plan.timeout_s
+    return Caller(function, columns, plan.tokenize, plan.without, limit, name)
 
 
 def _uncovered(trials: Sequence[Trial]) -> list[Finding]:

@@ -4,26 +4,28 @@
     sample  f(completion, answer, …)           -> float | None | Score
 
 Only for `rewards.check`: the trainer has its own caller, with the same rules for what a reward is.
-Left out: processes and limits of time. A function that never returns holds the check up.
+With a limit of time the calls are made in a copy of this process (check_fork.py), which is killed when one gives no
+answer; after MAX_HANGS of these the function is called no more.
+Left out: workers that import the function by name (rewards/worker.py), which lambdas and closures do not have.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+from rewards.check_fork import Death, Fork, Hang
 from rewards.probes import Try
 from rewards.score import Score
 
 MAX_REWARD = 1e6
+MAX_HANGS = 3
 INJECTED = ("prompts", "prompt", "completions", "completion", "completion_ids", "truncated", "trainer_state",
             "log_extra", "log_metric", "messages", "prefill")  # fmt: skip
 
@@ -36,6 +38,22 @@ class Fault(str):
     """
 
 
+class NoAnswer(Fault):
+    """No answer within the limit, or the process of the call ended.
+
+    >>> isinstance(NoAnswer("x"), Fault)
+    True
+    """
+
+
+class Untried(Fault):
+    """Not called, after too many calls without an answer.
+
+    >>> isinstance(Untried("x"), Fault)
+    True
+    """
+
+
 class Caller:
     """One function, its form ("batch" or "sample") and what it may be given.
 
@@ -44,6 +62,8 @@ class Caller:
         columns: names of the rows' columns.
         tokenize: text to token ids, for `completion_ids`; None: its UTF-8 bytes.
         without: names of INJECTED that the trainer at hand does not provide.
+        timeout_s: seconds of a call; None: calls are made in this process, without a limit.
+        name: in findings; None: the function's own.
 
     Raises:
         ValueError: neither or both of `completion` and `completions`, or a parameter that nothing provides.
@@ -58,9 +78,14 @@ class Caller:
         columns: Sequence[str],
         tokenize: Callable[[str], Sequence[int]] | None = None,
         without: Sequence[str] = (),
+        timeout_s: float | None = None,
+        name: str | None = None,
     ) -> None:
         self.function = function
-        self.name = name_of(function)
+        self.name = name or name_of(function)
+        self.timeout_s = timeout_s
+        self._fork: Fork | None = None
+        self._num_hangs = 0
         self.columns = [name for name in columns if name not in ("prompt", "completion", "prompts", "completions")]
         self.tokenize = tokenize or (lambda text: list(text.encode("utf-8", "surrogatepass")))
         parameters = inspect.signature(function).parameters.values()
@@ -84,11 +109,35 @@ class Caller:
         if self.form == "sample":
             return [self._call([one], rows)[0] for one in tries]
         found = self._call(tries, rows)
-        if len(tries) > 1 and any(isinstance(value, Fault) and value.startswith("raised") for value in found):
+        if len(tries) > 1 and _failed_as_a_whole(found[0]):
             return [self._call([one], rows)[0] for one in tries]
         return found
 
+    def close(self) -> None:
+        """End the copy in which calls were made."""
+        if self._fork is not None:
+            self._fork.close()
+
     def _call(self, tries: Sequence[Try], rows: Sequence[Mapping[str, Any]]) -> list[float | Fault | None]:
+        if self.timeout_s is None:
+            made = self._made(tries, rows)
+        elif self._num_hangs >= MAX_HANGS:
+            return [Untried(f"is not called any more after {MAX_HANGS} calls without an answer")] * len(tries)
+        else:
+            self._fork = self._fork or Fork(lambda each: self._made(each, rows), self.timeout_s)
+            try:
+                made = self._fork(list(tries))
+            except (Hang, Death) as end:
+                self._num_hangs += 1
+                late = f"gave no answer within {self.timeout_s:g} s (killed)"
+                return [NoAnswer(late if isinstance(end, Hang) else str(end))] * len(tries)
+        self.seconds += [made["seconds"] / len(tries)] * len(tries)
+        if made["changed"] is not None:
+            self.mutations.append((tries[0], made["changed"]))
+        return [Fault(value["fault"]) if isinstance(value, dict) else value for value in made["values"]]
+
+    def _made(self, tries: Sequence[Try], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """One call, as JSON values: `values` (a fault as {"fault": text}), `seconds`, name of the `changed` input."""
         given = self._arguments(tries, rows)
         before = copy.deepcopy({name: value for name, value in given.items() if not callable(value)})
         start = time.perf_counter()
@@ -100,13 +149,14 @@ class Caller:
             raise
         except BaseException as error:  # the boundary to user code: sys.exit() in a reward is an error too
             result = Fault(f"raised {type(error).__name__}: {str(error)[:120]}")
-        self.seconds += [(time.perf_counter() - start) / len(tries)] * len(tries)
+        seconds = time.perf_counter() - start
         changed = next((name for name, value in before.items() if given[name] != value), None)
-        if changed is not None:
-            self.mutations.append((tries[0], changed))
         if isinstance(result, Fault):
-            return [result] * len(tries)
-        return _values(result, len(tries)) if self.form == "batch" else [to_number(result)]
+            values: list[float | Fault | None] = [result] * len(tries)
+        else:
+            values = _values(result, len(tries)) if self.form == "batch" else [to_number(result)]
+        shown = [{"fault": str(value)} if isinstance(value, Fault) else value for value in values]
+        return {"values": shown, "seconds": seconds, "changed": changed}
 
     def _arguments(self, tries: Sequence[Try], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lists = {
@@ -125,6 +175,10 @@ class Caller:
         if name in INJECTED and (name not in self.provided or name in _OF_THE_OTHER[self.form]):
             return False
         return name in self.named or (self.takes_all and name not in ("messages", "prefill"))
+
+
+def _failed_as_a_whole(value: Any) -> bool:
+    return isinstance(value, NoAnswer) or (isinstance(value, Fault) and value.startswith("raised"))
 
 
 def _prompt(one: Try, row: Mapping[str, Any], caller: Caller) -> Any:
@@ -198,6 +252,9 @@ def _values(result: Any, count: int) -> list[float | Fault | None]:
 
 
 def _awaited(awaitable: Any) -> Any:
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
     async def main() -> Any:
         return await awaitable
 

@@ -72,19 +72,23 @@ class Setting:
         gold: column of the right answer, or a function of a row that gives a right completion; None: `answer`,
             `solution`, `ground_truth`, `target`, `gold` or `label`, the first there is.
         presentations: name → text with `{answer}` in it; `{"mine": "…{answer}…"}` when the usual ones do not fit.
-        maximum: score of a right answer; None: the highest seen.
+        maximum: score of a right answer, or those of functions by name; None: the highest seen.
         prefill: what the chat template puts in front of every completion, e.g. "<think>\\n".
         p99_s: seconds that a completion may take (99th percentile).
         skip: names of tries, or kinds of findings, that do not matter here.
         tokenize: text to token ids, for rewards that look at `completion_ids`.
         without: names that the trainer at hand does not provide, e.g. ("prefill",).
+        timeout_s: seconds that one call may take, in a copy of this process that is killed then; None: no limit.
+        in_process: names of functions that are called in this process, without a limit: those on a GPU.
     """
 
     gold: str | Callable[[Mapping[str, Any]], str | None] | None = None
     presentations: Mapping[str, str] = field(default_factory=lambda: PRESENTATIONS)
-    maximum: float | None = None
+    maximum: float | Mapping[str, float] | None = None
     prefill: str = ""
     p99_s: float = 1.0
     skip: Sequence[str] = ()
     tokenize: Callable[[str], Sequence[int]] | None = None
     without: Sequence[str] = ()
+    timeout_s: float | None = 10.0
+    in_process: Sequence[str] = ()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from rewards.check_calls import Caller, Fault
+from rewards.check_calls import Caller, Fault, NoAnswer, Untried
 from rewards.check_report import Finding, Setting
 from rewards.probes import GOLD_COLUMNS, Try, anywhere, around, around_whole, gold_text, golds, number_of, plain_prompt
 
@@ -35,6 +35,7 @@ class Trial:
     def __init__(self, caller: Caller, rows: Sequence[Mapping[str, Any]], plan: Setting) -> None:
         self.caller, self.name, self.rows, self.plan = caller, caller.name, rows, plan
         self.column, self.answers, self.whole = _answers(rows, plan)
+        self.maximum = plan.maximum.get(self.name) if isinstance(plan.maximum, Mapping) else plan.maximum
         self.values: dict[Try, Value] = {}
         self.changed: dict[Try, tuple[Value, Value]] = {}
 
@@ -42,6 +43,12 @@ class Trial:
 
     def run(self) -> None:
         """Every try, three times."""
+        try:
+            self._run()
+        finally:
+            self.caller.close()
+
+    def _run(self) -> None:
         forms = {"as given": "{answer}"} if self.whole else self.plan.presentations
         self._score([one for row, answer in self.answers.items() for one in golds(row, answer, forms)])
         self.accepted = self._accepted(forms)
@@ -56,7 +63,7 @@ class Trial:
         self._alone()
         self._again()
         scores = list(self.numbers().values())
-        self.top = self.plan.maximum if self.plan.maximum is not None else max(scores, default=0.0)
+        self.top = self.maximum if self.maximum is not None else max(scores, default=0.0)
         self.bottom = min(scores, default=0.0)
         self.blind = self._is_blind()
         self.slack = (0.5 if self.blind else 0.05) * max(self.top - self.bottom, 0.0)
@@ -87,9 +94,11 @@ class Trial:
         batches = self._batches(list(self.values))
         first = {one: value for batch in batches for one, value in self._scored(batch)}
         reversed_ = {one: value for batch in batches[::-1] for one, value in self._scored(batch[::-1])}
-        for one, value in self.values.items():
+        for one, value in list(self.values.items()):
             for other in (first[one], reversed_[one]):
-                if other != value:
+                if isinstance(other, NoAnswer):
+                    self.values[one] = other
+                elif other != value and not isinstance(value, NoAnswer) and not isinstance(other, Untried):
                     self.changed.setdefault(one, (value, other))
 
     def _scored(self, batch: Sequence[Try]) -> list[tuple[Try, Value]]:
@@ -106,7 +115,7 @@ class Trial:
     def _accepted(self, forms: Mapping[str, str]) -> list[str]:
         """The presentations in which most right answers score highest, at most MAX_PRESENTATIONS of them."""
         found = self.numbers("gold")
-        top = max(found.values(), default=0.0) if self.plan.maximum is None else self.plan.maximum
+        top = max(found.values(), default=0.0) if self.maximum is None else self.maximum
         hits = {name: sum(value >= top for one, value in found.items() if one.presentation == name) for name in forms}
         best = sorted(forms, key=lambda name: -hits[name])
         good = [name for name in best if hits[name] and 2 * hits[name] >= hits[best[0]]]

@@ -6,7 +6,8 @@ Sources: APPS (arXiv 2105.09938), MBPP (arXiv 2108.07732), HumanEval (arXiv 2107
 named (`rewards.sandbox`). The judged process is given an input and gives back bytes: exit codes, printed verdicts,
 patched test runners, forged result files and objects that equal everything score nothing, as expectation, comparison
 and score never enter it. Each test gets a fresh process and folder, so tests cannot tell one another anything.
-A failure of the sandbox itself is an exception (a fault), never a 0.
+A failure of the sandbox itself is an exception (a fault), never a 0. The tests that a row hides run in an order drawn
+from the row, the same for every completion, so that neither `max_tests` nor a time limit favours the first.
 Left out: other languages than Python, packages beyond the standard library, partial credit inside a test. Code that
 draws from `random` without a seed is as repeatable as it wants to be; hashes of text are (the hash seed is fixed).
 """
@@ -14,7 +15,8 @@ draws from `random` without a seed is as repeatable as it wants to be; hashes of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +41,7 @@ class CodeTests:
     url: str | None = None
     service: str = "piston"
     headers: dict[str, str] | None = field(default=None, repr=False)
+    num_visible: int = 0
     __name__ = "code_tests"
 
     def describe(self) -> str:
@@ -55,37 +58,48 @@ class CodeTests:
         """Score one completion; None where `tests` is None. See `code_tests`."""
         if tests is None:
             return None
-        read = read_tests(tests, entry_point, self.abs_tol)[: self.max_tests]
+        read = self._ordered(read_tests(tests, entry_point, self.abs_tol), tests)
         source = code_of(completion)
         if source is None:
             return 0.0
         passed, timed_out = self._run(source, read)
         if log_metric is not None:
             log_metric("timed_out", timed_out / len(read))
-        return passed / len(read) if self.mode == "fraction" else float(passed == len(read))
+            if 0 < self.num_visible < len(read):
+                shown = all(passed[: self.num_visible]) and len(passed) >= self.num_visible
+                log_metric("visible_only", float(shown and sum(passed) < len(read)))
+        return sum(passed) / len(read) if self.mode == "fraction" else float(sum(passed) == len(read))
 
-    def _run(self, source: str, tests: list[Test]) -> tuple[int, int]:
-        """How many tests pass and how many run out of time; with "all" the first failure is the last test."""
-        passed = timed_out = 0
+    def _ordered(self, read: list[Test], tests: Any) -> list[Test]:
+        """The visible tests, then the hidden ones in an order that is a function of the row alone."""
+        shown, hidden = read[: self.num_visible], read[self.num_visible :]
+        random.Random(repr(tests)).shuffle(hidden)  # text is hashed with SHA-512: the same everywhere
+        return [*shown, *hidden][: self.max_tests]
+
+    def _run(self, source: str, tests: list[Test]) -> tuple[list[bool], int]:
+        """Which tests pass and how many run out of time; with "all" the first failure is the last test."""
+        passed: list[bool] = []
+        timed_out = 0
         with open_sandbox(
             self.tier, source, self.limits, url=self.url, service=self.service, headers=self.headers
         ) as box:
             for test in tests:
                 good, status = judged(test, box.run, self.abs_tol)
-                passed += good
+                passed.append(good)
                 timed_out += status == "timeout"
                 if not good and self.mode == "all":
                     break
         return passed, timed_out
 
 
-def code_tests(
+def code_tests(  # noqa: PLR0913 (a factory: each is a key of a configuration)
     tier: str | None = None,
     *,
     mode: Literal["fraction", "all"] = "fraction",
-    limits: Limits | None = None,
+    limits: Limits | Mapping[str, Any] | None = None,
     abs_tol: float = 0.0,
     max_tests: int | None = None,
+    num_visible: int = 0,
     url: str | None = None,
     service: str = "piston",
     headers: dict[str, str] | None = None,
@@ -95,10 +109,12 @@ def code_tests(
     Args:
         tier: "process", "namespace", "confined", "bubblewrap" or "remote"; there is no default. It is tried at once.
         mode: the fraction of tests passed, or all or nothing.
-        limits: seconds, bytes and counts of a test.
+        limits: seconds, bytes and counts of a test; a mapping of the fields of `Limits`, as a configuration has it.
         abs_tol: numbers in outputs may differ by that much.
-        max_tests: only the first so many tests of a row.
-        url, service, headers: of the tier "remote".
+        max_tests: only so many tests of a row: the visible ones, then hidden ones.
+        num_visible: the first so many tests of a row stand in its prompt. The share of completions that pass these and
+            fail another is logged as `visible_only`: when it grows, the policy learns the tests, not the task.
+        url, service, headers: of the tier "remote"; service is "piston" or "sandboxfusion".
 
     Returns:
         A callable. It gives None where `tests` is None, and raises ValueError for tests that cannot be read.
@@ -120,8 +136,11 @@ confined, bubblewrap, remote)
         raise ValueError(f"abs_tol is {abs_tol} (want 0 or more)")
     if max_tests is not None and max_tests < 1:
         raise ValueError(f"max_tests is {max_tests} (want 1 or more)")
+    if num_visible < 0:
+        raise ValueError(f"num_visible is {num_visible} (want 0 or more)")
+    held = Limits(**limits) if isinstance(limits, Mapping) else limits or Limits()
     probe(tier, url=url, service=service, headers=headers)
-    return CodeTests(check_tier(tier), mode, limits or Limits(), abs_tol, max_tests, url, service, headers)
+    return CodeTests(check_tier(tier), mode, held, abs_tol, max_tests, url, service, headers, num_visible)
 
 
 def code_of(completion: str) -> str | None:

@@ -10,26 +10,25 @@ Left out: proxies, redirects, streaming, and reading keys from the environment.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import http.client
 import json
 import math
 import random
 import re
-import sqlite3
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rewards.extract import xml_tag
 from rewards.probes import plain_prompt
+
+if TYPE_CHECKING:  # imported where they are used: `import rewards` stays fast
+    from concurrent.futures import Future
 
 _AGAIN = {408, 425, 429, 500, 502, 503, 504, 529}
 MAX_REPLY = 4 << 20
@@ -121,6 +120,8 @@ class Cache:
     """
 
     def __init__(self, path: str | Path | None) -> None:
+        import sqlite3
+
         self._lock = threading.Lock()
         self._file = sqlite3.connect(path or ":memory:", check_same_thread=False)
         self._file.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
@@ -141,6 +142,8 @@ class Judge:
     """See `judge`, which makes one."""
 
     def __init__(self, url: str, model: str, template: str, options: dict[str, Any], limits: Limits) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"judge: url is {url!r} (want http:// or https://, host and path up to /v1)")
@@ -153,6 +156,8 @@ class Judge:
 
     async def __call__(self, prompt: Any, completion: str, **columns: Any) -> float:
         """The score of one completion; called together, many are asked at once."""
+        import asyncio
+
         body = self._body(columns | {"prompt": plain_prompt(prompt), "completion": completion})
         reply = await asyncio.wrap_future(self._asked(body))
         return self._score(reply)
@@ -177,11 +182,13 @@ class Judge:
 
     def _asked(self, body: str) -> Future[str]:
         """The reply: from the cache, from an equal request under way, or from a new one."""
+        from concurrent.futures import Future
+
         key = hashlib.sha256(f"{self._parts.geturl()}\n{body}".encode("utf-8", "surrogatepass")).hexdigest()
         with self._lock:
             if key in self._running:
                 return self._running[key]
-            future: Future[str] = Future()
+            future = Future[str]()
             if (known := self._cache.get(key)) is not None:
                 future.set_result(known)
                 return future
@@ -226,6 +233,8 @@ class Judge:
                 return reply
 
     def _request(self, body: str, seconds: float) -> tuple[str, int | None]:
+        import http.client
+
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=seconds)

@@ -87,7 +87,7 @@ def _limit(memory_mb: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Ask the kernel to kill this process when the thread that started it ends (Linux only)."""
     if sys.platform == "linux":
         import ctypes
@@ -112,7 +112,7 @@ def main(request_fd: int, reply_fd: int) -> None:
         os.set_inheritable(fd, False)  # a program that the target starts gets neither
     order = _read_frame(request_fd)
     if order["parent"] is not None:
-        _die_with(order["parent"])
+        die_with(order["parent"])
     _limit(order["memory_mb"])
     found: list[Callable[..., Any]] = []
     _write(reply_fd, _answer("ready", lambda: found.append(_target_of(order))))

@@ -45,7 +45,47 @@ def test_scores(source, tests, entry_point, expected):
 def test_all_or_nothing_and_limits_of_tests():
     tests = {"inputs": ["1", "2", "3"], "outputs": ["1", "2", "4"]}
     assert CodeTests("process", mode="all")(fenced("print(input())"), tests) == 0.0
-    assert CodeTests("process", mode="all", max_tests=2)(fenced("print(input())"), tests) == 1.0
+    assert CodeTests("process", mode="all", max_tests=2, num_visible=2)(fenced("print(input())"), tests) == 1.0
+
+
+def orders(row, **options):
+    """The inputs of a row's tests in the order in which they run."""
+    return [test.stdin for test in CodeTests("process", **options)._ordered(read_tests(row), row)]
+
+
+def test_hidden_tests_run_in_an_order_of_the_row():
+    rows = [{"inputs": [f"{n}" for n in range(8)], "outputs": [f"{row}"] * 8} for row in range(20)]
+    written = rows[0]["inputs"]
+    found = [orders(row) for row in rows]
+    assert all(sorted(order) == written for order in found)
+    assert sum(order == written for order in found) <= 1 and len({tuple(order) for order in found}) >= 18
+    assert found == [orders(row) for row in rows]  # the same for every completion
+    shown = [orders(row, num_visible=3) for row in rows]
+    assert all(order[:3] == written[:3] for order in shown) and len({tuple(order) for order in shown}) >= 15
+    assert all(len(orders(row, num_visible=3, max_tests=5)) == 5 for row in rows)
+    # the first tests are not the ones that max_tests keeps
+    kept = [orders(row, max_tests=2) for row in rows]
+    assert len({test for order in kept for test in order}) == 8
+
+
+@pytest.mark.parametrize(
+    ("source", "visible_only"),
+    [("print(1)", 1.0), ("print(input())", 0.0), ("print(2)", 0.0)],  # knows the visible test; right; wrong
+)
+@pytest.mark.parametrize("mode", ["fraction", "all"])
+def test_what_passes_only_the_visible_tests_is_logged(source, visible_only, mode):
+    logged = {}
+    tests = {"inputs": ["1", "2", "3"], "outputs": ["1", "2", "3"]}
+    CodeTests("process", mode=mode, num_visible=1)(fenced(source), tests, log_metric=logged.__setitem__)
+    assert logged["visible_only"] == visible_only
+
+
+def test_limits_as_a_configuration_has_them():
+    assert code_tests("process", limits={"timeout_s": 0.5}).limits == Limits(timeout_s=0.5)
+    with pytest.raises(TypeError, match="timeout"):
+        code_tests("process", limits={"timeout": 0.5})
+    with pytest.raises(ValueError, match="num_visible is -1"):
+        code_tests("process", num_visible=-1)
 
 
 def test_the_same_completion_scores_the_same():
