@@ -13,6 +13,7 @@ Left out: rollouts, and the engine that may share the card with training.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.bench_card import Card, Rate, model_flops
-from grpo.bench_models import Case, build
+from grpo.bench_card import FORMULA, Card, Rate, model_flops
+from grpo.bench_models import MAX_POSITIONS, TRAINING_METHODS, Case, build, model_config
 from grpo.bench_peers import PEERS
 from grpo.bench_search import Row, Search
 from grpo.bench_step import Data, Method, num_prompt, ours
@@ -32,8 +33,11 @@ from grpo.config import OptimizerConfig
 from grpo.errors import InputError, RunError, clip
 from grpo.ledger import GIB
 from grpo.model.attention import spare_rows
+from grpo.model.load import resolve_device
 from grpo.model.policy import Policy
 from grpo.optim import make_optimizer
+from grpo.sizes import parse_bytes
+from grpo.trainer.metrics import environment_facts
 
 WAYS = (
     Method("ours, recompute", (("activation_checkpointing", "recompute"),)),
@@ -157,6 +161,7 @@ def find_longest(
 
     Each method may use an equal share of what is left of the budget.
     """
+    check_lengths(card, None)
     end = time.perf_counter() + budget_s
     with card:
         rate = Rate.of(card)
@@ -210,6 +215,67 @@ def describe(method: Method, row: Row) -> str:
     if "failed" in row:
         return f"{head}does not fit ({row['failed']})"
     return f"{head}{row['seconds']:.3g} s, peak {row['peak_gib']:.2f} GiB, {row['tokens_per_s']:,.0f} tokens/s"
+
+
+def check_lengths(card: Card, lengths: Sequence[int] | None) -> None:
+    """Raises `InputError` where there is nothing to search, or a length that is no row."""
+    if not lengths and math.isinf(card.capacity_gib):
+        raise InputError(
+            f"nothing to search on {card.device}: memory has no cap there (want lengths, or a CUDA device)"
+        )
+    for tokens in lengths or ():
+        if tokens < 8:
+            raise InputError(f"tokens is {tokens} (want at least 8: prompt and completion)")
+
+
+def benchmark(
+    model: str | None = None,
+    training: str = "lora",
+    *,
+    gpu: str | None = None,
+    tokens: Sequence[int] = (),
+    device: str = "auto",
+    budget_s: float = 600.0,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """What `grpo bench` prints and writes: the longest completion on a card of size `gpu`, or figures at `tokens`.
+
+    Args:
+        model: a name of bench_models.SHAPES or a model's folder (its weights are not read); None: qwen3-1.7b, and on a
+            CPU the toy at 256 and 512 tokens.
+        training: full, lora or qlora.
+
+    Raises:
+        InputError: one line, naming what is not understood.
+    """
+    where = resolve_device(device)
+    if model is None:
+        model, tokens = ("qwen3-1.7b", tokens) if where.type == "cuda" else ("toy", tokens or (256, 512))
+    if training not in TRAINING_METHODS:
+        raise InputError(f"method is {clip(training)!r} (want {', '.join(TRAINING_METHODS)})")
+    try:
+        card = Card(where, None if gpu is None else parse_bytes(gpu))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"gpu is {clip(gpu)!r}: it {str(error).partition(' ')[2]}") from None
+    check_lengths(card, tokens)
+    model_config(model)
+    case = Case("bench", model, 1, MAX_POSITIONS, MAX_POSITIONS, training == "qlora", 0 if training == "full" else 16)
+    methods = [way for way in WAYS if not way.peer or importlib.util.find_spec("trl")]
+    if tokens:
+        found = at_lengths(case, methods, card, tokens, say=say)
+    else:
+        found = find_longest(case, methods, card, budget_s=budget_s, say=say)
+    return {
+        "shape": model,
+        "training": training,
+        "card_gb": card.size and card.size / 1e9,
+        "flops": FORMULA,
+        "environment": environment_facts(),
+        "methods": list(found),
+        "gradient_errors": gradient_errors(case, methods, card.device),
+    }
 
 
 # --- how exact it is -------------------------------------------------------------------------------------------------

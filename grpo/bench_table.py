@@ -39,7 +39,7 @@ def _method_rows(method: dict[str, Any], error: float | None) -> list[list[str]]
         return [[name, f"– ({method['skipped']})", *[""] * (len(COLUMNS) - 2)]]
     if "limited_by" not in method:
         return [_cells(name, row, "", "", error) for row in method["rows"]]
-    fails = "" if method["fails_at"] is None else f"{method['fails_at']:,}"
+    fails = next((f"{r['completion']:,}" for r in method["rows"] if r["tokens"] == method["fails_at"]), "")
     if method["longest"] is None:
         return [[name, "none", fails, method["limited_by"], *[""] * 6, _scientific(error)]]
     row = next(r for r in method["rows"] if r["tokens"] == method["longest"] and "failed" not in r)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from grpo.bench import WAYS, at_lengths, find_longest, gradient_errors
+from grpo.bench import WAYS, at_lengths, check_lengths, find_longest, gradient_errors
 from grpo.bench_card import FORMULA, Card
 from grpo.bench_models import SHAPES, TRAINING_METHODS, Case
 from grpo.bench_table import COLUMNS, result_rows
@@ -86,10 +86,13 @@ def plot(data: dict[str, Any], out: Path) -> None:
             memory.annotate(
                 f"{entry['card_gb']:g} GB", (0.01, _limit(entry)), xycoords=("axes fraction", "data"), va="bottom"
             )
-        memory.set(title=title(entry), xlabel="tokens of the row", ylabel="peak allocated, GiB", ylim=(0, None))
+        memory.set(title=title(entry), xlabel="tokens of the row", ylabel="peak allocated, GiB")
+        memory.set_ylim(0, 1.12 * max(_limit(entry), 1e-3))
         speed.set(title=entry["environment"]["device"], xlabel="tokens of the row", ylabel="tokens/s", ylim=(0, None))
+        speed.yaxis.set_major_formatter("{x:,.0f}")
         for axis in (memory, speed):
             axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.set_xlim(0, None)
             axis.grid(alpha=0.3)
         memory.legend(fontsize=8, loc="best")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +125,7 @@ def _draw(memory: Any, speed: Any, found: dict[str, Any], color: str, limit: flo
 def run(given: argparse.Namespace, case: Case, card: Card) -> dict[str, Any]:
     """One search, or the given lengths, as it stands in the JSON."""
     methods = [method for method in WAYS if not given.only or method.name in given.only]
+    check_lengths(card, given.tokens)
     errors = {} if given.no_errors else gradient_errors(case, methods, card.device, length=ERROR_LENGTH)
     entry: dict[str, Any] = {
         "shape": case.shape,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo import bench
-from grpo.bench import PLAIN, WAYS, at_lengths, attempt, find_longest, gradient_errors
+from grpo.bench import PLAIN, WAYS, at_lengths, attempt, benchmark, find_longest, gradient_errors
 from grpo.bench_card import Card, Rate, model_flops
 from grpo.bench_models import SHAPES, Case, build, model_config, quantise, random_model
 from grpo.bench_search import PRECISION, Search
@@ -202,7 +202,7 @@ def test_the_longest_is_found_with_real_steps(card):
     (failed,) = [row for row in entry["rows"] if row["tokens"] == entry["fails_at"]]
     assert failed["failed"].startswith("CUDA out of memory. Tried to allocate 1.56 GiB")
     (cells,) = result_rows({"methods": [entry], "gradient_errors": {RECOMPUTE.name: 0.02}})
-    assert cells[:4] == [RECOMPUTE.name, str(entry["longest"] // 2), str(entry["fails_at"]), "memory"]
+    assert cells[:4] == [RECOMPUTE.name, str(entry["longest"] // 2), str(failed["completion"]), "memory"]
     assert cells[-1] == "2.0e-02"
 
 
@@ -287,3 +287,34 @@ def test_data_is_the_same_for_rows_and_bins():
     rows = torch.cat([batch.row_ids for batch in data.batches])
     assert torch.equal(ids[rows.argsort()], data.ids[:, :-1]) and data.prompt == 20
     assert set(SHAPES) >= {"qwen2.5-0.5b", "qwen3-1.7b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-14b", "toy"}
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_given_lengths(monkeypatch):
+    monkeypatch.setattr(bench, "WAYS", WAYS[:1])
+    said = []
+    entry = benchmark("toy", "lora", tokens=[64], device="cpu", say=said.append)
+    assert entry["shape"] == "toy" and entry["training"] == "lora" and entry["card_gb"] is None
+    assert [row["tokens"] for row in entry["methods"][0]["rows"]] == [64] and len(said) == 1
+    assert 0 <= entry["gradient_errors"][RECOMPUTE.name] < 2e-6
+    assert entry["environment"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"model": "llama-9b", "tokens": [64]}, "model 'llama-9b' is no known shape (want qwen2.5-0.5b"),
+        ({"gpu": "many"}, "gpu is 'many': it is no size of memory (want one like 24GB or 512MiB)"),
+        ({"gpu": "24GB", "tokens": [64]}, "a card of 24 GB on cpu (want a CUDA device"),
+        ({"model": "qwen3-1.7b"}, "nothing to search on cpu: memory has no cap there (want lengths, or a CUDA device)"),
+        ({"tokens": [64, 1]}, "tokens is 1 (want at least 8: prompt and completion)"),
+        ({"training": "dora"}, "method is 'dora' (want full, lora, qlora)"),
+        ({"device": "cuda:x"}, "'cuda:x' (want auto, cpu, cuda or cuda:N)"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, line):
+    with pytest.raises(InputError) as found:
+        benchmark(**{"model": "toy", "device": "cpu", **arguments})
+    assert line in str(found.value) and "\n" not in str(found.value)
