@@ -243,9 +243,7 @@ class Ledger:
         self._open.pop()
         self._ended.append(span)
         if span.parent is None:
-            for ended in self._ended:
-                self._bill(ended, ended.by_device() if whole else ended.seconds)
-            self._ended = []
+            self._bill(whole)
 
     def _harvest(self, others: Peaks) -> None:
         """What was used since the last border belongs to every phase that is open."""
@@ -253,10 +251,15 @@ class Ledger:
         for span in self._open:
             _raise_to(span.peaks, peaks)
 
-    def _bill(self, span: _Span, seconds: float) -> None:
-        account = self._accounts.setdefault(span.name, _Account())
-        account.seconds += seconds
-        _raise_to(account.peaks, span.peaks)
-        if span.parent is not None:
-            parent = self._accounts.setdefault(span.parent.name, _Account())
-            parent.inside = (parent.inside or 0.0) + seconds
+    def _bill(self, whole: bool) -> None:
+        """The spans that ended, innermost first, so that a row names a phase before the one it is inside."""
+        times = [span.by_device() if whole else span.seconds for span in self._ended]
+        for span, seconds in zip(self._ended, times, strict=True):
+            account = self._accounts.setdefault(span.name, _Account())
+            account.seconds += seconds
+            _raise_to(account.peaks, span.peaks)
+        for span, seconds in zip(self._ended, times, strict=True):
+            if span.parent is not None:
+                parent = self._accounts[span.parent.name]
+                parent.inside = (parent.inside or 0.0) + seconds
+        self._ended = []

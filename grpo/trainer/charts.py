@@ -1,7 +1,8 @@
 """Curves as inline SVG: they follow the light or dark theme, print sharply and need no plotting library.
 
 `draw` turns a panel and the columns of a run into one <figure>: binned curves, bands, axes, and the numbers under
-the pointer. Labels may come from a dataset or a reward's name, so they are always escaped.
+the pointer; `draw_bars` draws a short table as horizontal bars. Labels may come from a dataset or a reward's name, so
+they are always escaped.
 Left out: which panels there are and the page around them (report.py); zoom, export and comparing runs: trackers.
 """
 
@@ -14,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from grpo.errors import clip
 from grpo.trainer.run_reader import Run
 from grpo.trainer.text import escaped, number
 
 MAX_BINS = 200  # points drawn per curve: about two pixels each
 WIDTH, HEIGHT = 390, 202  # one panel, in px at 1280 px page width
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 24
-COLOURS = 8  # classes c0 … c7, which the page's style gives a colour
+COLOURS = 14  # classes c0 … c13, which the page's style gives a colour
+NAMES, ROW = 78, 17  # bars: px at the left for the names of the rows, px of height per row
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,20 @@ class Panel:
     stacked: bool = False
     absent: float = math.nan
     log: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars. `rows`: name, note (shown under the pointer), values [len(parts)] (NaN: not known).
+
+    `parts`: (label, colour, lane); the parts of a lane stand one after the other, lanes of a row one under the other.
+    """
+
+    title: str
+    unit: str
+    parts: tuple[tuple[str, int, int], ...]
+    rows: tuple[tuple[str, str, tuple[float, ...]], ...]
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,55 @@ def draw(panel: Panel, run: Run) -> str:
     )
     label = escaped(f"{panel.title} ({panel.unit}), step {first[0]:.0f} to {last[-1]:.0f}")
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{body}</svg>'
-    return f"<figure>{_caption(panel, curves, readings[-1])}{svg}</figure>"
+    keys = [(c.series.label, c.series.colour) for c in curves]
+    return f"<figure>{_caption(panel.title, panel.hint, keys, readings[-1])}{svg}</figure>"
+
+
+def draw_bars(bars: Bars) -> str:
+    """A <figure> like `draw`'s; the legend has the values of the longest row, or of the one under the pointer."""
+    values = np.array([row[2] for row in bars.rows])
+    lanes = sorted({lane for _, _, lane in bars.parts})
+    ends = np.stack(
+        [np.nansum(values[:, [p[2] == lane for p in bars.parts]], axis=1) for lane in lanes]
+    )  # [lanes, rows]
+    x = nice_axis(np.append(ends.ravel(), 0.0), NAMES, WIDTH - RIGHT, 5, pad=0.04)
+    foot = TOP + ROW * len(bars.rows)
+    body = f'<text x="2" y="10">{escaped(bars.unit)}</text>' + _uprights(x, foot)
+    body += "".join(_bars_of(bars, index, x, len(lanes)) for index in range(len(bars.parts)))
+    readings = [[escaped(f"{name}{note}"), *map(number, row)] for name, note, row in bars.rows]
+    for index, ((name, _, _), reading) in enumerate(zip(bars.rows, readings, strict=True)):
+        top = TOP + ROW * index
+        body += f'<text class="name" x="{NAMES - 6}" y="{top + ROW / 2 + 3.5:.1f}">{escaped(clip(name, 12))}</text>'
+        body += f'<rect class="strip" x="0" y="{top}" width="{WIDTH}" height="{ROW}" data-v="{"|".join(reading)}"/>'
+    label = escaped(f"{bars.title} ({bars.unit})")
+    svg = f'<svg viewBox="0 0 {WIDTH} {foot + BOTTOM}" role="img" aria-label="{label}">{body}</svg>'
+    keys = [(name, colour) for name, colour, _ in bars.parts]
+    return f"<figure>{_caption(bars.title, bars.hint, keys, readings[int(ends.max(axis=0).argmax())])}{svg}</figure>"
+
+
+def _bars_of(bars: Bars, index: int, x: Axis, lanes: int) -> str:
+    """One part of all rows as one path."""
+    _, colour, lane = bars.parts[index]
+    before = [i for i in range(index) if bars.parts[i][2] == lane]
+    height = (ROW - 5) / lanes
+    areas = []
+    for position, (_, _, values) in enumerate(bars.rows):
+        start = float(np.nansum([values[i] for i in before]))
+        if values[index] > 0:
+            left, right = x([start, start + values[index]])
+            top = TOP + ROW * position + 2.5 + lane * height
+            corners = np.array([left, right, right, left]), np.array([top, top, top + height, top + height])
+            areas.append(f"M{_points(*corners)}Z")
+    return f'<path class="stack c{colour}" d="{"".join(areas)}"/>' if areas else ""
+
+
+def _uprights(x: Axis, foot: float) -> str:
+    lines = ""
+    for tick in x.ticks:
+        at = float(x(tick))
+        lines += f'<path class="grid" d="M{at:.1f} {TOP}V{foot}"/>'
+        lines += f'<text class="x" x="{at:.1f}" y="{foot + 14}">{number(tick, 6)}</text>'
+    return lines
 
 
 def _y_axis(panel: Panel, shapes: Sequence[Curve]) -> Axis:
@@ -248,14 +313,15 @@ def _reading(curve: Curve, i: int, suffix: str) -> str:
     return number(curve.mean[i]) + spread + suffix
 
 
-def _caption(panel: Panel, curves: Sequence[Curve], reading: Sequence[str]) -> str:
-    keys = "".join(
-        f'<span><i class="c{c.series.colour}"></i>{escaped(c.series.label)} <b>{value}</b></span>'
-        for c, value in zip(curves, reading[1:], strict=True)
+def _caption(title: str, hint: str, keys: Sequence[tuple[str, int]], reading: Sequence[str]) -> str:
+    """`keys`: (label, colour) of each value after the first of `reading`, which says where they were read."""
+    values = "".join(
+        f'<span><i class="c{colour}"></i>{escaped(label)} <b>{value}</b></span>'
+        for (label, colour), value in zip(keys, reading[1:], strict=True)
     )
-    hint = f"<em>{escaped(panel.hint)}</em>" if panel.hint else ""
-    title = escaped(panel.title)
-    return f'<figcaption><h3>{title}</h3><span class="at">{reading[0]}</span><p>{keys}{hint}</p></figcaption>'
+    note = f"<em>{escaped(hint)}</em>" if hint else ""
+    head = f'<h3>{escaped(title)}</h3><span class="at">{reading[0]}</span>'
+    return f"<figcaption>{head}<p>{values}{note}</p></figcaption>"
 
 
 SCRIPT = """

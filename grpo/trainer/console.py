@@ -39,7 +39,7 @@ COLUMNS = (
     "tokens_per_second",
     "peak_gib",
 )
-"""Metrics of the progress view. The first one gets the sparkline; `peak_gib` is the largest over all phases."""
+"""Metrics of the progress view. The first one gets the sparkline; `peak_gib` is the highest of all phases."""
 
 SUPERVISED_COLUMNS = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_gib")
 """Instead of COLUMNS where the first row has no reward."""
@@ -245,8 +245,7 @@ class ProgressView:
             value, step = self._evals[key]
             since = f" (step {step})" if step != self._step else ""
         elif key == "peak_gib" and key not in row:
-            peaks = [as_float(v) for k, v in list(row.items()) if str(k).endswith("/peak_gib")]
-            value = max((peak for peak in peaks if math.isfinite(peak)), default=None)
+            value, since = _highest_peak(row)
             if value is None:
                 return ""
         elif key in row:
@@ -287,6 +286,13 @@ class ProgressView:
             if shown:
                 texts.append(Text(shown, style="bold cyan" if key.startswith("eval_") or i == 0 else ""))
         return texts
+
+
+def _highest_peak(row: Mapping[str, Any]) -> tuple[float | None, str]:
+    """The highest `phase/<name>/peak_gib` of a row, and where: the innermost phase, which the ledger closes first."""
+    found = [(as_float(value), str(key).split("/")) for key, value in row.items() if str(key).endswith("/peak_gib")]
+    peak, parts = max(((p, k) for p, k in found if math.isfinite(p)), key=lambda pair: pair[0], default=(None, []))
+    return peak, f" ({clip(visible(parts[1]), 30)})" if len(parts) == 3 else ""
 
 
 def _packed(items: Sequence[Text], width: int) -> list[Text]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo.trainer.charts import COLOURS, MAX_BINS, SCRIPT, Panel, Series, draw, drawable
+from grpo.trainer.charts import COLOURS, MAX_BINS, SCRIPT, Bars, Panel, Series, draw, draw_bars, drawable
 from grpo.trainer.run_reader import Run, read_run
 from grpo.trainer.text import as_float, counted, duration, escaped, middle_out, number, percent
 
@@ -30,6 +30,14 @@ CAUSES = {
     for i, cause in enumerate(("all_right", "all_wrong", "all_truncated"))
 }
 
+COSTS = "What it costs"
+OWN = "a phase without those inside it"
+PHASES = tuple(
+    "load rollout wake sync sleep score reference pack update forward backward optimizer save evaluation".split()  # noqa: SIM905
+)
+DEVICE = (("allocated", 0, 0), ("reserved on top", 5, 0), ("others", 8, 0))
+HOST = (("resident", 2, 0), ("pinned", 3, 1))
+
 
 def _lines(**labels: str) -> tuple[Series, ...]:
     """Series from label="key" pairs; _ in a label is a hyphen."""
@@ -37,7 +45,7 @@ def _lines(**labels: str) -> tuple[Series, ...]:
 
 
 def panels(run: Run) -> dict[str, list[Panel]]:
-    """Section title -> its panels, whether or not the run has their columns."""
+    """Section title -> its panels, whether or not the run has their columns. Memory within a step: `memory_bars`."""
     names = [key[len("rewards/") : -len("/mean")] for key in run.columns if _parts(key, "rewards", "mean")]
     rewards = [("Reward", "reward", "reward_std")]
     rewards += [(f"Reward: {name}", f"rewards/{name}/mean", f"rewards/{name}/std") for name in names]
@@ -67,8 +75,8 @@ def panels(run: Run) -> dict[str, list[Panel]]:
             Panel("Clipped ratios", "% of tokens", clipped, scale=100),
             Panel("Policy − sampler", "nats", _lines(mean=f"{gap}/mean", max=f"{gap}/max"), "|Δ log-prob|", log=True),
         ],
-        "What it costs": [
-            Panel("Seconds per phase", "seconds per step", _phases(run, "seconds"), stacked=True, absent=0.0),
+        COSTS: [
+            Panel("Seconds per phase", "seconds per step", _phases(run, "own_seconds"), OWN, stacked=True, absent=0.0),
             Panel("Memory peak per phase", "GiB", _phases(run, "peak_gib"), "peaks do not add up"),
             Panel("Throughput", "tokens per second", _lines(mean="tokens_per_second")),
         ],
@@ -108,10 +116,41 @@ def _parts(key: str, first: str, last: str) -> bool:
 
 
 def _phases(run: Run, kind: str) -> tuple[Series, ...]:
-    """A phase keeps its colour over all panels."""
-    names = [key.split("/")[1] for key in run.columns if key.startswith("phase/")]
-    order = enumerate(dict.fromkeys(names))
-    return tuple(Series(f"phase/{name}/{kind}", name, colour=i % COLOURS) for i, name in order)
+    """In the order of a step. A phase keeps its colour over all panels, and the known ones over all runs."""
+    names = dict.fromkeys(key.split("/")[1] for key in run.columns if key.startswith("phase/"))
+    order = [name for name in PHASES if name in names] + [name for name in names if name not in PHASES]
+    colour = {name: i % COLOURS for i, name in enumerate(dict.fromkeys([*PHASES, *names]))}
+    return tuple(Series(f"phase/{name}/{kind}", name, colour=colour[name]) for name in order)
+
+
+def memory_bars(run: Run) -> list[Bars]:
+    """Device and host memory of each phase, all of the step at which the phase's peak was highest."""
+    device: list[tuple[str, str, tuple[float, ...]]] = []
+    host: list[tuple[str, str, tuple[float, ...]]] = []
+    for series in _phases(run, "peak_gib"):
+        if not len(run.finite(series.key)):
+            continue
+        peaks = run.columns[series.key]
+        row = int(np.where(np.isfinite(peaks), peaks, -np.inf).argmax())
+        peak, reserved, others, resident, pinned = (
+            _gib(run, f"phase/{series.label}/{kind}_gib", row)
+            for kind in ("peak", "reserved", "others", "resident", "pinned")
+        )
+        note = f" · step {run.steps[row]:,.0f}"
+        if math.isnan(reserved):
+            resident = peak  # without CUDA the peak is the process's
+        else:
+            device.append((series.label, note, (peak, max(0.0, reserved - peak), others)))
+        host.append((series.label, note, (resident, pinned)))
+    host_parts = HOST if any(not math.isnan(values[1]) for _, _, values in host) else HOST[:1]
+    host = [(name, note, values[: len(host_parts)]) for name, note, values in host]
+    tables = (("Device memory by phase", DEVICE, device), ("Host memory by phase", host_parts, host))
+    return [Bars(title, "GiB", parts, tuple(rows), "each at its highest step") for title, parts, rows in tables if rows]
+
+
+def _gib(run: Run, key: str, row: int) -> float:
+    value = run.columns[key][row] if key in run.columns else math.nan
+    return float(np.maximum(drawable(np.asarray(value)), 0.0)) if math.isfinite(value) else math.nan
 
 
 def write_report(run_dir: Path) -> Path:
@@ -138,6 +177,7 @@ def render(run: Run) -> str:
     sections, left_out = [], []
     for title, drawn in panels(run).items():
         figures = [draw(p, run) for p in drawn if any(len(run.finite(s.key)) for s in p.series)]
+        figures += [draw_bars(bars) for bars in (memory_bars(run) if title == COSTS else [])]
         left_out += [p.title for p in drawn if not any(len(run.finite(s.key)) for s in p.series)]
         if figures:
             sections.append(f'<section><h2>{title}</h2><div class="grid3">{"".join(figures)}</div></section>')
@@ -299,9 +339,11 @@ def _table_row(key: str, values: np.ndarray) -> str:
 
 STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1b1f24;--soft:#626b76;--rule:#e2e5ea;--code:#f3f4f7;
---c0:#2368c4;--c1:#e0671f;--c2:#159a70;--c3:#b3367f;--c4:#6a4fc2;--c5:#c99700;--c6:#0f97b5;--c7:#c73a3a}
+--c0:#2368c4;--c1:#e0671f;--c2:#159a70;--c3:#b3367f;--c4:#6a4fc2;--c5:#c99700;--c6:#0f97b5;--c7:#c73a3a;
+--c8:#8a94a0;--c9:#7fb2ee;--c10:#1b3f7a;--c11:#f2a65a;--c12:#6d8c1f;--c13:#7a5230}
 @media(prefers-color-scheme:dark){:root{--page:#14171b;--card:#1d2126;--ink:#e7eaee;--soft:#98a2ae;--rule:#31373f;
---code:#171a1f;--c0:#6aa5f5;--c1:#f0935a;--c2:#45c79b;--c3:#e27ab8;--c4:#a48ff0;--c5:#e3bb45;--c6:#4fc3dc;--c7:#f07f7f}}
+--code:#171a1f;--c0:#6aa5f5;--c1:#f0935a;--c2:#45c79b;--c3:#e27ab8;--c4:#a48ff0;--c5:#e3bb45;--c6:#4fc3dc;--c7:#f07f7f;
+--c8:#7d8894;--c9:#b9d6fa;--c10:#3f6fb8;--c11:#f7c48d;--c12:#a3c24a;--c13:#b98a62}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1280px;padding:28px 28px 48px;background:var(--page);color:var(--ink);
 font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
@@ -321,12 +363,13 @@ figcaption em{margin-left:auto}b{font-variant-numeric:tabular-nums}
 i{display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:5px}i[class]{background:var(--c)}
 svg{display:block;width:100%;height:auto;overflow:visible;margin-top:auto}
 svg text{font-size:11px;fill:var(--soft)}
-text.y{text-anchor:end}text.x{text-anchor:middle}.grid{stroke:var(--rule);fill:none}
+text.y,text.name{text-anchor:end}text.x{text-anchor:middle}.grid{stroke:var(--rule);fill:none}
 .line path{stroke:var(--c);stroke-width:1.8;fill:none;stroke-linejoin:round}.line circle{fill:var(--c)}
 .band{fill:var(--c);opacity:.18}.stack{fill:var(--c);opacity:.85}
 .strip{fill:transparent}.strip:hover{fill:var(--soft);opacity:.35}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}
-.c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}
+.c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}.c8{--c:var(--c8)}.c9{--c:var(--c9)}
+.c10{--c:var(--c10)}.c11{--c:var(--c11)}.c12{--c:var(--c12)}.c13{--c:var(--c13)}
 article{padding:14px 16px;margin-bottom:14px}article h3{margin-bottom:8px;overflow-wrap:anywhere}
 .grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(400px,1fr));gap:14px}.card{min-width:0}
 .card p{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12.5px;margin:10px 0 6px}

@@ -23,7 +23,10 @@ from grpo.trainer.text import as_float, counted
 
 @dataclass
 class Run:
-    """What was found in a run folder. `columns[key]` is [rows] float64, NaN where absent or null."""
+    """What was found in a run folder. `columns[key]` is [rows] float64, NaN where absent or null.
+
+    Every `phase/<name>/seconds` has its `own_seconds` beside it, which can be added up.
+    """
 
     name: str
     columns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -128,7 +131,7 @@ def _read_metrics(path: Path, run: Run) -> None:
         if key in absent:
             continue
         run.notes.append(f"{key} is null or not finite at {counted(len(steps), 'step')} (first: step {steps[0]})")
-    run.columns = _with_first_evaluation(_by_step(table.arrays(), run))
+    run.columns = _with_own_seconds(_with_first_evaluation(_by_step(table.arrays(), run)))
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
@@ -164,6 +167,17 @@ def _with_first_evaluation(columns: dict[str, np.ndarray]) -> dict[str, np.ndarr
         key: np.concatenate([[before.get(key, np.nan)], columns.get(key, empty)])
         for key in dict.fromkeys([*kept, *before])
     }
+
+
+def _with_own_seconds(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A phase with none inside it has no `own_seconds` in its row: all its seconds are its own."""
+    own = {}
+    for key, seconds in columns.items():
+        if key.startswith("phase/") and key.endswith("/seconds"):
+            name = f"{key.removesuffix('/seconds')}/own_seconds"
+            found = columns.get(name, np.full(len(seconds), np.nan))
+            own[name] = np.where(np.isnan(found), seconds, found)
+    return columns | own
 
 
 def _read_samples(folder: Path, run: Run) -> None:

@@ -264,6 +264,73 @@ def test_stacked_areas_add_up(run):
     assert update[: 2 * LONG : 2] == pytest.approx([4 + r["step"] / 100 for r in rows], abs=0.02)
 
 
+def nested(step):
+    """A step in which forward and backward are inside update, and sync inside rollout and evaluation."""
+    t = step / 10
+    seconds = {"rollout": 10 + t, "sync": 2.0, "update": 8 + t, "forward": 2.5, "backward": 5.0, "score": 0.5}
+    rows = {f"phase/{name}/seconds": value for name, value in seconds.items()}
+    rows |= {"phase/rollout/own_seconds": 8 + t, "phase/update/own_seconds": 0.5 + t}
+    return {"step": step, **rows}
+
+
+def areas(figure, axis):
+    """[(start, end)] of each bar, by part."""
+    found = []
+    for part in figure["bands"]:
+        sides = [[to_value(px, figure[axis]) for px, _ in bar] for bar in part]
+        found.append([(min(side), max(side)) for side in sides])
+    return found
+
+
+def test_nested_phases_are_stacked_once_and_in_the_order_of_a_step(tmp_path):
+    rows = [nested(s) for s in range(1, 11)]
+    write_rows(tmp_path, rows)
+    page = page_of(tmp_path)
+    figure = page.figures["Seconds per phase"]
+    assert [label.strip() for label in page.text("i")] == ["rollout", "sync", "score", "update", "forward", "backward"]
+    assert figure["strips"][2] == ["step 3", "8.3", "2", "0.5", "0.8", "2.5", "5"]
+    tops = [to_value(y, figure["y"]) for _, y in figure["bands"][-1][0]][:20:2]
+    assert tops == pytest.approx([18.5 + 2 * r["step"] / 10 for r in rows], abs=0.1)  # rollout, score and update
+    bottoms = [to_value(y, figure["y"]) for _, y in figure["bands"][0][0]][20:]
+    assert bottoms == pytest.approx([0.0] * 20, abs=0.1)
+
+
+def memory(**gib):
+    return {f"phase/{name}/{kind}_gib": v for name, kinds in gib.items() for kind, v in kinds.items()}
+
+
+def test_memory_bars_are_the_row_in_which_the_phase_was_highest(tmp_path):
+    on_device = {"reserved": 30.0, "others": 4.0, "resident": 6.0, "pinned": 12.0}
+    rows = [
+        {"step": 1} | memory(update={"peak": 20.0} | on_device, rollout={"peak": 8.0, "reserved": 9.0, "others": 40.0}),
+        {"step": 2} | memory(update={"peak": 24.0, "reserved": 25.0, "others": 3.0, "resident": 5.0, "pinned": 10.0}),
+        {"step": 3} | memory(update={"peak": 22.0} | on_device, rollout={"peak": None, "reserved": 99.0}),
+    ]
+    write_rows(tmp_path, rows)
+    page = page_of(tmp_path)
+    figure = page.figures["Device memory by phase"]
+    assert figure["strips"] == [["rollout · step 1", "8", "1", "40"], ["update · step 2", "24", "1", "3"]]
+    want = [[(0, 8), (0, 24)], [(8, 9), (24, 25)], [(9, 49), (25, 28)]]
+    for part, bars in zip(areas(figure, "x"), want, strict=True):
+        assert part == [pytest.approx(bar, abs=0.1) for bar in bars]
+    assert page.text("text", class_="name") == ["rollout", "update"] * 2
+    assert page.text("span", class_="at")[-2:] == ["rollout · step 1", "update · step 2"]  # the longest of each
+    host = page.figures["Host memory by phase"]
+    assert host["strips"] == [["rollout · step 1", "–", "–"], ["update · step 2", "5", "10"]]
+    assert [bar for (bar,) in areas(host, "x")] == [pytest.approx((0, 5), abs=0.05), pytest.approx((0, 10), abs=0.05)]
+    resident, pinned = ({y for _, y in part[0]} for part in host["bands"])
+    assert max(resident) == min(pinned)  # one under the other, in the row of its name
+    (name,) = [float(a["y"]) for tag, a, text in page.texts if a.get("class") == "name" and text == "update"][1:]
+    assert min(resident) < name < max(pinned)
+
+
+def test_without_a_device_the_peak_is_the_process_s(tmp_path):
+    write_rows(tmp_path, [row(1), row(2)])
+    page = page_of(tmp_path)
+    assert "Device memory by phase" not in page.figures
+    assert page.figures["Host memory by phase"]["strips"] == [["rollout · step 1", "3.5"], ["update · step 1", "7.25"]]
+
+
 def test_evaluations_are_joined_over_the_steps_between(run):
     _, page, _ = run
     figure = page.figures["Held-out accuracy"]
