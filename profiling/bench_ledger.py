@@ -1,8 +1,8 @@
 """What the ledger costs: the same training step with the real ledger and with one that does nothing, in turn.
 
-    python -m profiling.bench_ledger [--device cuda] [--steps 200] [--bins 4] [--tokens 4096] [--width 1024] [--layers 8]
+    python -m profiling.bench_ledger [--device cuda] [--steps 200] [--bins 4] [--tokens 16384] [--width 2048]
 
-A step is one "update" phase around `--bins` times forward and backward, then the optimizer: 2 + 4 × bins + 2 borders.
+A step is one "update" phase around `--bins` times forward and backward, then the optimizer: 4 × bins + 4 borders.
 The model is a stack of linear layers: no library's own cost hides the ledger's. A step ends when the device is done.
 Left out: the rest of a GRPO step (two borders a phase, whatever their number of bins).
 """
