@@ -1,4 +1,4 @@
-"""The `grpo` command: demo, train, sft, evaluate, check-rewards, plan.
+"""The `grpo` command: demo, train, sft, evaluate, check-rewards, plan, bench.
 
 Exit codes: 0 done, 1 the run failed (the folder is saved), 2 bad input, 75 stopped by a signal (resume it).
 Left out: anything a Python caller could want too. Each command is a few lines over the public classes.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -153,6 +153,35 @@ def plan(
     return 0 if found.fits else 1
 
 
+def bench(
+    model: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="SHAPE", help="such as llama-3.1-8b, or a folder; default: qwen3-1.7b, on a CPU toy"),
+    ] = None,
+    method: Literal["full", "lora", "qlora"] = "lora",
+    gpu: Annotated[str | None, tyro.conf.arg(metavar="SIZE", help="cap memory, e.g. 24GB; default: all of it")] = None,
+    tokens: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N", help="measure these lengths, do not search")] = (),
+    budget: Annotated[float, tyro.conf.arg(metavar="SECONDS", help="for the search; no try is begun beyond it")] = 600,
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:N")] = "auto",
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="write everything measured as JSON")] = None,
+    debug: Debug = False,
+) -> int:
+    """The longest completion that trains here, and what a step costs; random weights, beside TRL where installed."""
+    from grpo.bench import benchmark
+    from grpo.bench_table import COLUMNS, result_rows
+    from grpo.trainer.console import Console
+
+    console = Console()
+    found = benchmark(model, method, gpu=gpu, tokens=tokens, device=device, budget_s=budget, say=console.say)
+    console.table(f"{found['shape']}, {method}", result_rows(found), COLUMNS)
+    if out is not None:
+        import json
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def demo(
     seed: Annotated[int, tyro.conf.arg(help="of data, model and sampling")] = 0,
     output_dir: Annotated[
@@ -175,6 +204,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "check-rewards": check_rewards,
     "plan": plan,
+    "bench": bench,
 }
 
 

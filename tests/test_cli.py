@@ -401,3 +401,27 @@ def test_auto_bins_are_a_number_in_the_run_and_auto_in_its_configuration(home, c
     if not torch.cuda.is_available():
         assert "update.max_tokens_per_batch: auto is 16,384 tokens" in out
     assert yaml.safe_load(Path("run/config.yaml").read_text())["update"]["max_tokens_per_batch"] == "auto"
+
+
+def test_bench_prints_its_figures_and_writes_them(tmp_path, capsys):
+    out = tmp_path / "new" / "bench.json"
+    code, text, err = run("bench", "--model", "toy", "--tokens", "32", "--device", "cpu", "--out", out, capsys=capsys)
+    assert code == 0, err
+    found = json.loads(out.read_text())
+    (row,) = found["methods"][0]["rows"]
+    assert row["tokens"] == 32 and row["seconds"] > 0
+    assert "toy, lora" in text and "ours, offload, tiled MLP" in text and f"{row['tokens_per_s']:,.0f} tokens/s" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model", "gpt-9"], "model 'gpt-9' is no known shape (want qwen2.5-0.5b, "),
+        (["--gpu", "24XB"], "gpu is '24XB': it is no size of memory (want one like 24GB or 512MiB)"),
+        (["--model", "qwen3-1.7b"], "nothing to search on cpu: memory has no cap there"),
+    ],
+)
+def test_bad_input_of_a_benchmark_is_one_line(capsys, arguments, line):
+    code, _, err = run("bench", "--device", "cpu", "--tokens" if "gpt-9" in arguments else "--budget", "64", *arguments,
+                       capsys=capsys)  # fmt: skip
+    assert code == 2 and line in err and err.count("\n") == 1
