@@ -23,6 +23,26 @@ COLUMNS = (
 )
 
 
+_SHORT = ("method", "completion", "fails at", "by", "s/step", "tokens/s", "MFU", "peak", "reserved", "pinned", "error")
+
+
+def text_lines(entry: dict[str, Any]) -> list[str]:
+    """The same for a terminal: columns that hold something, memory in GiB."""
+    rows = [[str(cell) for cell in row] for row in (_SHORT, *result_rows(entry))]
+    lines = []
+    for row in rows:
+        if row[1].startswith("– ("):  # one sentence in place of figures
+            row[1:] = [row[1]]
+    tabular = [row for row in rows if len(row) == len(COLUMNS)]
+    widths = [max(map(len, column)) for column in zip(*tabular, strict=True)]
+    filled = [any(column[1:]) for column in zip(*tabular, strict=True)]
+    for row in rows:
+        head, *cells = row
+        shown = [cell.rjust(width) for cell, width, used in zip(cells, widths[1:], filled[1:], strict=False) if used]
+        lines.append("  ".join([head.ljust(widths[0]), *(shown if len(row) == len(COLUMNS) else cells)]).rstrip())
+    return lines
+
+
 def result_rows(entry: dict[str, Any]) -> list[list[str]]:
     """Cells under COLUMNS of one search (or of given lengths: then one line a length)."""
     errors = entry.get("gradient_errors", {})

@@ -110,18 +110,25 @@ def check_rewards(
     difficulty: Annotated[int, tyro.conf.arg(help="prompts to sample from the model; 0 = load no weights")] = 0,
     model: Annotated[str | None, tyro.conf.arg(help="folder or hub id instead of model.name_or_path")] = None,
     skip: Annotated[tuple[str, ...], tyro.conf.arg(help="names of tries, or kinds of findings, to leave out")] = (),
+    gold: Annotated[str | None, tyro.conf.arg(help="column of the right answer; default: the first called so")] = None,
+    maximum: Annotated[float | None, tyro.conf.arg(help="reward of a right answer; default: the highest seen")] = None,
+    presentations: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="how a right answer is written: texts with {answer} in them, or NAME=TEXT")
+    ] = (),
+    timeout: Annotated[float, tyro.conf.arg(help="seconds that one call may take")] = 10.0,
     debug: Debug = False,
 ) -> int:
     """Try the reward functions on right, wrong and hostile completions before training; exit code 1 on errors."""
+    from grpo.check_rewards import CheckOptions, measure_difficulty
     from grpo.check_rewards import check_rewards as check
-    from grpo.check_rewards import measure_difficulty
     from grpo.config import GRPOConfig
     from grpo.trainer.console import Console
 
     if model is not None:
         overrides = [*overrides, f"model.name_or_path={model}"]
     resolved = GRPOConfig.from_file(config, overrides)
-    report, console = check(resolved, samples, skip), Console()
+    options = CheckOptions(samples, skip, gold, maximum, presentations, timeout)
+    report, console = check(resolved, options), Console()
     summary = [(name, *numbers.values()) for name, numbers in report.summary.items()]
     console.table("rewards", summary, ["function", *next(iter(report.summary.values()))])
     rows = [(f.level, f.function, f.text, ", ".join(map(str, f.rows[:6])), f.column) for f in report.findings]
@@ -168,12 +175,12 @@ def bench(
 ) -> int:
     """The longest completion that trains here, and what a step costs; random weights, beside TRL where installed."""
     from grpo.bench import benchmark
-    from grpo.bench_table import COLUMNS, result_rows
+    from grpo.bench_table import text_lines
     from grpo.trainer.console import Console
 
     console = Console()
     found = benchmark(model, method, gpu=gpu, tokens=tokens, device=device, budget_s=budget, say=console.say)
-    console.table(f"{found['shape']}, {method}", result_rows(found), COLUMNS)
+    sys.stdout.write("\n".join([f"{found['shape']}, {method}; memory in GiB", *text_lines(found), ""]))
     if out is not None:
         import json
 
