@@ -159,6 +159,14 @@ class Planner:
         host = {"layer inputs": one.host_bytes()} if one.host_bytes() else {}
         return Plan(phases, host, self.gpu, available_host_bytes(), tokens, longest, tuple(notes), config)
 
+    def update(self, config: RunConfig, lengths: tuple[int, ...], *, several_bins: bool) -> list[Phase]:
+        """forward, backward and optimizer of one bin of documents of these lengths, whatever `config` says of them.
+
+        `several_bins`: an earlier bin's gradients stand already. Optimizer state is there, as after the first step.
+        """
+        facts = self.facts.of(config)
+        return self._update(config, facts, self._resident(config, facts), Bin(lengths), several=several_bins)
+
     def largest_bin(self, config: RunConfig, free: int) -> int:
         """Tokens of the largest bin whose update, and 5 %, fits into what is loaded already and `free` bytes more."""
         facts, longest = self.facts.of(config), longest_document(config)
@@ -168,7 +176,9 @@ class Planner:
         room = int((free + sum(resident.values())) / (1 + SLACK))
 
         def takes(steps: int) -> int:
-            phases = self._update(config, facts, resident, Bin.full(steps * TOKEN_STEP, longest))
+            tokens = steps * TOKEN_STEP
+            several = documents_per_step(config) * longest > tokens
+            phases = self._update(config, facts, resident, Bin.full(tokens, longest), several=several)
             return max(phase.bytes for phase in phases)
 
         while low < high:
@@ -214,13 +224,15 @@ class Planner:
             phases += [Phase("rollout", held | self._rollout(config, facts, held)), Phase("score", held)]
             if config.objective.beta > 0:
                 phases.append(Phase("reference", held | one.forward(gradient=False)))
-        return (*phases, *self._update(config, facts, resident, bin_), Phase("save", held))
+        several = documents_per_step(config) * longest_document(config) > bin_.tokens
+        return (*phases, *self._update(config, facts, resident, bin_, several=several), Phase("save", held))
 
-    def _update(self, config: RunConfig, facts: ModelFacts, resident: Parts, bin_: Bin) -> list[Phase]:
+    def _update(
+        self, config: RunConfig, facts: ModelFacts, resident: Parts, bin_: Bin, *, several: bool
+    ) -> list[Phase]:
         state = {"optimizer state": optimizer_bytes(facts, config)}
         one = Pass(facts, Path.of(config, facts), bin_)
         whole = gradient_bytes(facts)
-        several = documents_per_step(config) * longest_document(config) > bin_.tokens
         standing = {"gradients": whole} if several else {}
         step = {"gradients": whole}
         if scratch := optimizer_scratch(facts, config):

@@ -1,0 +1,45 @@
+"""The planner's benchmark at toy size: it runs, its JSON holds what stays to the byte, its bounds are counted."""
+
+import json
+
+import pytest
+
+from profiling.bench_plan import GRID, main, summary, table
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    main(["--toy", "--device", "cpu", "--out", str(out)])
+    return json.loads(out.read_text())
+
+
+def test_what_stays_is_predicted_to_the_byte(results):
+    assert len(results["rows"]) == 4
+    for row in results["rows"]:
+        assert row["resident_gib"] > 0
+        assert row["predicted_resident_gib"] == pytest.approx(row["resident_gib"], abs=2e-6), row["name"]
+
+
+def test_the_table_names_every_row(results):
+    text = table(results)
+    assert all(row["name"] in text for row in results["rows"])
+
+
+def test_the_grid_covers_what_was_asked_for():
+    assert len(set(GRID)) == len(GRID) >= 24
+    assert {row.training for row in GRID} == {"full", "lora", "qlora"}
+    assert {row.checkpointing for row in GRID} == {"recompute", "offload"}
+    tokens = [row.count * row.length for row in GRID]
+    assert (min(tokens), max(tokens)) == (2048, 131_072)
+
+
+def test_no_row_is_begun_when_time_is_over(tmp_path):
+    main(["--toy", "--device", "cpu", "--budget", "0", "--out", str(tmp_path / "plan.json")])
+    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert [row["skipped"] for row in rows] == ["no time left"] * 4
+
+
+def test_bounds_are_counted():
+    rows = [{"ratio": 1.01}, {"ratio": 0.94}, {"ratio": 1.2}, {"failed": "out of memory"}, {"skipped": "…"}]
+    assert summary(rows) == "3 measured: 1 within 5%, 2 within 10%, worst 20.0%; 1 ran out of memory"
