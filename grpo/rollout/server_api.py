@@ -100,20 +100,18 @@ def check_server(server: Server, model_name: str, say: Callable[[str], None]) ->
     """Everything that can be seen from outside; sets `server.max_length`.
 
     Raises:
-        InputError: it does not answer, serves another model, or lacks what an adapter and its log-probs need.
+        InputError: it is not healthy, serves another model, or lacks what an adapter and its log-probs need.
+        UnreachableError: it went away meanwhile.
     """
-    try:
-        if not server.is_healthy():
-            raise InputError(f"rollout.servers: {server.url} does not answer /health (want a running: {COMMAND})")
-        version = _json(server, "GET", "/version").get("version")
-        if version != TESTED:
-            say(f"warning: {server.url} is vLLM {clip(version, 40)}; {TESTED} is the version tested")
-        base = _base_model(server, model_name)
-        server.max_length = base.get("max_model_len")
-        _check_adapters(server)
-        _check_logprobs(server, str(base["id"]))
-    except UnreachableError as error:
-        raise InputError(f"rollout.servers: {server.url} went away while it was checked: {error}") from error
+    if not server.is_healthy():
+        raise InputError(f"rollout.servers: {server.url} does not answer /health (want a running: {COMMAND})")
+    version = _json(server, "GET", "/version").get("version")
+    if version != TESTED:
+        say(f"warning: {server.url} is vLLM {clip(version, 40)}; {TESTED} is the version tested")
+    base = _base_model(server, model_name)
+    server.max_length = base.get("max_model_len")
+    _check_adapters(server)
+    _check_logprobs(server, str(base["id"]))
 
 
 def _json(server: Server, method: str, path: str, body: Any = None) -> dict[str, Any]:

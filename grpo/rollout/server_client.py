@@ -106,7 +106,7 @@ class Server:
         self.outstanding = 0
         self.adapter: str | None = None
         self.max_length: int | None = None
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def call(
         self, method: str, path: str, body: Any = None, *, timeout_s: float = _CONTROL_S, calls: Calls | None = None

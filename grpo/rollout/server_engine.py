@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from grpo.batch import Prompt, Rollouts
 from grpo.errors import InputError, RunError
 from grpo.model.adapter import adapter_modules
@@ -118,6 +120,8 @@ class ServerEngine:
                 check_server(server, self.model_name, self._say)
             except InputError as error:
                 problems += error.lines
+            except UnreachableError as error:
+                problems.append(f"rollout.servers: {server.url} went away while it was checked: {error}")
         if problems:
             raise InputError(*problems)
 
@@ -157,10 +161,10 @@ class ServerEngine:
             self._revive()
             self._on_living(partial(self._load, adapter))
             self._living()
-        except RunError:
-            self._drop(adapter)
-            raise
-        old, self._adapter = self._adapter, adapter
+            old, self._adapter = self._adapter, adapter
+        finally:
+            if self._adapter is not adapter:  # refused, or Ctrl-C
+                self._drop(adapter)
         self.policy_version += 1
         if old is not None:
             self._drop(old)
@@ -179,9 +183,11 @@ class ServerEngine:
         try:
             partial_folder.mkdir(parents=True)
             # the base's embedding is never part of it; left to itself peft asks the hub whether it is
-            module.save_pretrained(str(partial_folder), save_embedding_layers=False)
+            module.save_pretrained(
+                str(partial_folder), selected_adapters=[module.active_adapter], save_embedding_layers=False
+            )
             partial_folder.rename(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
             raise RunError(f"rollout.server_adapter_dir: cannot write the adapter: {error}") from error
         inside = folder / str(module.active_adapter)  # peft's own folder for an adapter that is not called "default"
@@ -205,9 +211,8 @@ class ServerEngine:
             there = adapter.name in server.call("GET", "/v1/models").body.decode(errors="replace")
             if not there:
                 server.adapter = None
-        if not there:
-            self._load(adapter, server)
-            self._say(f"server {server.url} had lost the adapter (restarted?): loaded again")
+                self._load(adapter, server)
+                self._say(f"server {server.url} had lost the adapter (restarted?): loaded again")
 
     def _unload(self, adapter: Adapter, server: Server) -> None:
         """Frees the name. The server evicts the weights when it needs their slot; one that restarted has neither."""
@@ -251,6 +256,8 @@ class ServerEngine:
             if not server.alive and server.is_healthy():
                 try:
                     check_server(server, self.model_name, self._say)
+                except UnreachableError:
+                    continue  # dead it is, and was said to be
                 except InputError as error:
                     raise RunError(str(error)) from error
                 server.alive = True

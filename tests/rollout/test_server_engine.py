@@ -247,6 +247,34 @@ def test_a_policy_without_an_adapter_is_refused(tmp_path, fakes):
         engine.load_weights(Policy(tiny_model("llama")))
 
 
+def test_an_adapter_of_another_name_is_the_one_that_is_sent(tmp_path, fakes):
+    module = tiny_policy().module
+    module.add_adapter("second", module.peft_config["default"])
+    module.set_adapter("second")
+    server = fakes()
+    engine, _ = engine_for(tmp_path, server)
+    engine.load_weights(Policy(module))
+    (folder,) = (tmp_path / "adapters").iterdir()
+    assert list(server.adapters.values()) == [str(folder / "second")]
+    assert not (folder / "adapter_config.json").exists()
+
+
+def test_ctrl_c_in_a_sync_leaves_no_folder(tmp_path, policy, fakes, monkeypatch):
+    server = fakes()
+    engine, _ = ready(tmp_path, policy, server)
+    before = dict(server.adapters)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_living", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.load_weights(policy)
+    assert engine.policy_version == 0
+    assert server.adapters == before
+    assert [str(folder) for folder in (tmp_path / "adapters").iterdir()] == list(before.values())
+
+
 def test_a_folder_that_cannot_be_written_is_said(tmp_path, policy, fakes):
     (tmp_path / "adapters").write_text("a file")
     engine, _ = engine_for(tmp_path, fakes())
