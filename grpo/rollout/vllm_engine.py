@@ -13,6 +13,7 @@ Left out: several GPUs for one engine, vision inputs, and 4-bit weights shared w
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import time
@@ -64,6 +65,7 @@ class VLLMOptions:
     kv_cache_bytes: int
     adapter_rank: int | None = None
     adapter_targets: tuple[str, ...] = ()
+    share_weights: bool = False
     load_in_4bit: bool = False
     cuda_graphs: bool = True
     revision: str | None = None
@@ -96,26 +98,31 @@ class VLLMEngine:
         self.probe = probe
         self.policy_version = -1
         self.phase: Phase = unbilled
-        self.shared: Shared | None = None
         self._say = say or (lambda line: None)
         self._adapter: Any = None  # the LoRARequest of the present version
         self._syncs = 0
         self._cache_mapped = True
         self._awake = False
         self._llm = _start(options)
-        self._allowed_level = 2 if options.adapter_rank is None else 1
+        if options.share_weights:
+            self._worker()._sleep_mode_backend = kv_only_sleep()
+        # Level 2 forgets adapter slots, level 1 keeps everything in host memory.
+        self._level = 2 if options.adapter_rank is None else 1
+        atexit.register(_end_process_group)
         self._sleep()
 
     # --- the base weights -----------------------------------------------------------------------------------
 
     def share_base(self, model: nn.Module, device: torch.device) -> Shared:
-        """Make `model`'s frozen weights views of the engine's; from then on sleep keeps the weights. `model` moves to
-        `device`. Call it once, before the adapter is added."""
-        self._wake(["weights"])
-        self._worker()._sleep_mode_backend = kv_only_sleep()
-        self.shared = share_base(model, self._model(), device)
-        self._sleep()
-        return self.shared
+        """Make `model`'s frozen weights views of the engine's, wherever they are the same bits; `model` moves to
+        `device`. Call it before the adapter is added.
+
+        Raises:
+            RuntimeError: the engine was started without `share_weights`: its sleep would unmap what is viewed.
+        """
+        if not self.options.share_weights:
+            raise RuntimeError("share_base() of an engine that was started without share_weights")
+        return share_base(model, self._model(), device)
 
     # --- the protocol ---------------------------------------------------------------------------------------
 
@@ -127,8 +134,9 @@ class VLLMEngine:
             RunError: the engine does not wake up.
         """
         torch.cuda.empty_cache()  # the trainer's free blocks are what the cache is mapped into
-        with self.phase("wake"):
-            self._wake(["weights"])
+        if not self.options.share_weights:
+            with self.phase("wake"):
+                self._wake(["weights"])
         self._awake = True
         try:
             yield
@@ -281,21 +289,21 @@ class VLLMEngine:
     def _map_cache(self) -> None:
         if not self._cache_mapped:
             with self.phase("wake"):
-                self._wake(["kv_cache"])
+                self._wake(None if self.options.share_weights else ["kv_cache"])
             self._cache_mapped = True
 
-    def _wake(self, tags: list[str]) -> None:
+    def _wake(self, tags: list[str] | None) -> None:
         try:
             self._llm.wake_up(tags)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise RunError(
-                f"the rollout engine did not wake up ({', '.join(tags)}; {_free_memory()}; want a smaller "
+                f"the rollout engine did not wake up ({', '.join(tags or ['all'])}; {_free_memory()}; want a smaller "
                 f"rollout.kv_cache or update.max_tokens_per_batch): {clip(error, 200)}"
             ) from error
 
     def _sleep(self) -> None:
         torch.cuda.synchronize()
-        self._llm.sleep(level=1 if self.shared is not None else self._allowed_level)
+        self._llm.sleep(level=self._level)
         self._cache_mapped = False
 
 
@@ -393,6 +401,12 @@ def _answer(output: Any) -> tuple[list[int], list[float], str | None]:
     flat = completion.logprobs
     logprobs = [] if flat is None else [flat.logprobs[start] for start in flat.start_indices]
     return list(completion.token_ids), logprobs, completion.finish_reason
+
+
+def _end_process_group() -> None:
+    """vLLM makes the default process group where there is none; left open, torch warns as the process ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _free_memory() -> str:

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from grpo.batch import Prompt
-from grpo.config import GRPOConfig
+from grpo.config import GRPOConfig, ModelConfig
 from grpo.errors import InputError
 from grpo.model.adapter import adapter_modules, add_adapter, base_of, is_adapted
-from grpo.model.load import base_source, load_model, load_model_config, meta_model, resolve_device
+from grpo.model.load import base_source, context_length, load_model, load_model_config, meta_model, resolve_device
 from grpo.model.policy import Policy
 from grpo.rollout.engine import RolloutEngine
 from grpo.rollout.hf_engine import HFEngine
 from grpo.rollout.probe import WeightProbe
 from grpo.sizes import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from grpo.rollout.vllm_engine import VLLMOptions
 
 MakePolicy = Callable[[nn.Module], Policy]
 
@@ -83,25 +87,17 @@ def _vllm(
     say: Callable[[str], None],
     make_policy: MakePolicy,
 ) -> tuple[RolloutEngine, Policy]:
-    from grpo.rollout.vllm_engine import VLLMEngine, VLLMOptions, check_vllm
+    from grpo.rollout.vllm_engine import VLLMEngine, check_vllm
 
     check_vllm()  # before anything is loaded
-    device = resolve_device(config.model.device)
     adapter = peft_config if peft_config is not None else config.adapter
     rank, targets = _adapter_form(config, model, adapter)
     source, temporary = _source(config, model)
-    options = VLLMOptions(
-        source=source,
-        dtype=config.model.dtype,
-        max_length=config.data.max_prompt_length + config.rollout.max_completion_length,
-        max_sequences=config.rollout.max_sequences,
-        kv_cache_bytes=_kv_cache_bytes(config),
-        adapter_rank=rank,
-        adapter_targets=targets,
-        load_in_4bit=config.model.load_in_4bit,
-        cuda_graphs=config.rollout.cuda_graphs,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
+    wanted, reason = config.rollout.share_weights, _unshareable(config, rank)
+    if reason and wanted is True:
+        raise InputError(f"rollout.share_weights is true (want auto: {reason})")
+    options = replace(
+        _options(config, source), adapter_rank=rank, adapter_targets=targets, share_weights=bool(wanted) and not reason
     )
     cache = format_bytes(options.kv_cache_bytes)
     say(f"starting vLLM: KV cache of {cache}, {options.max_sequences} sequences at a time")
@@ -110,22 +106,36 @@ def _vllm(
     finally:
         if temporary:
             shutil.rmtree(source, ignore_errors=True)
-    wanted = config.rollout.share_weights
-    reason = _unshareable(config, model, rank)
-    if reason and wanted is True:
-        raise InputError(f"rollout.share_weights is true (want auto: {reason})")
-    if reason or wanted is False:
+    if not options.share_weights:
         say(f"rollout: the engine has its own copy of the base weights ({reason or 'rollout.share_weights is false'})")
         return engine, make_policy(model if model is not None else load_model(config.model))
-    base = base_of(model) if model is not None else load_model(config.model.model_copy(update={"device": "cpu"}))
-    shared = engine.share_base(base, device)
+    base = base_of(model) if model is not None else load_model(_on_cpu(config.model))
+    shared = engine.share_base(base, resolve_device(config.model.device))
     if shared.own and wanted is True:
         raise InputError(f"rollout.share_weights is true (want auto: {shared.own[0]} differs between engine and model)")
-    say(
-        f"rollout: {format_bytes(shared.num_bytes)} of base weights shared with the engine"
-        + (f", {format_bytes(shared.own_bytes)} held twice ({', '.join(shared.own[:3])} …)" if shared.own else "")
-    )
+    twice = f", {format_bytes(shared.own_bytes)} held twice ({', '.join(shared.own[:3])} …)" if shared.own else ""
+    say(f"rollout: {format_bytes(shared.num_bytes)} of base weights shared with the engine{twice}")
     return engine, make_policy(model if model is not None else base)
+
+
+def _options(config: GRPOConfig, source: str) -> VLLMOptions:
+    from grpo.rollout.vllm_engine import VLLMOptions
+
+    return VLLMOptions(
+        source=source,
+        dtype=config.model.dtype,
+        max_length=_longest(config),
+        max_sequences=config.rollout.max_sequences,
+        kv_cache_bytes=_kv_cache_bytes(config),
+        load_in_4bit=config.model.load_in_4bit,
+        cuda_graphs=config.rollout.cuda_graphs,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _on_cpu(config: ModelConfig) -> ModelConfig:
+    return config.model_copy(update={"device": "cpu"})
 
 
 def _adapter_form(config: GRPOConfig, model: nn.Module | None, adapter: Any) -> tuple[int | None, tuple[str, ...]]:
@@ -152,17 +162,23 @@ def _source(config: GRPOConfig, model: nn.Module | None) -> tuple[str, bool]:
             "the model carries an adapter (want the bare model beside peft_config for rollout.engine vllm)"
         )
     folder = Path(config.output_dir) / "engine_base"
-    base: Any = model if model is not None else load_model(config.model.model_copy(update={"device": "cpu"}))
+    base: Any = model if model is not None else load_model(_on_cpu(config.model))
     base.save_pretrained(folder)
     return str(folder), True
 
 
-def _unshareable(config: GRPOConfig, model: nn.Module | None, rank: int | None) -> str | None:
+def _unshareable(config: GRPOConfig, rank: int | None) -> str | None:
     if rank is None:
         return "all weights are trained"
     if config.model.load_in_4bit:
         return "4-bit weights are laid out differently there"
     return None
+
+
+def _longest(config: GRPOConfig) -> int:
+    """Tokens of the longest prompt and completion together, at most what the architecture states."""
+    wanted = config.data.max_prompt_length + config.rollout.max_completion_length
+    return min(wanted, context_length(load_model_config(config.model)) or wanted)
 
 
 def _kv_cache_bytes(config: GRPOConfig) -> int:
