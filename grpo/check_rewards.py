@@ -9,44 +9,92 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.config import GRPOConfig
 from grpo.data import check_column, load_table, prompt_problem, with_system
 from grpo.errors import InputError, clip
-from grpo.reward_loading import PROVIDED
-from grpo.scoring import Reward, load_rewards
+from grpo.reward_prefill import prefill_of
+from grpo.scoring import Reward, RewardSpec, close_pools, load_rewards
 from grpo.seeds import permutation
 
+TRAINING_GIVES_PREFILL = False
+"""Whether a run hands `load_rewards` the template's prefill. Until it does (trainer/build.py), a reward has it from
+`arguments: {prefill: …}`, and one that has not is reported as it would score."""
 BANDS = 8
 """Bars of the histogram between the groups that are all wrong and those that are all right."""
 
 
-def check_rewards(config: GRPOConfig, num_samples: int, skip: Sequence[str] = ()) -> Any:
-    """The `rewards.check` report on `num_samples` rows of data.train, drawn by the seed.
+@dataclass(frozen=True)
+class CheckOptions:
+    """How the functions are tried; see `rewards.check_report.Setting`.
+
+    Attributes:
+        samples: rows of data.train.
+        skip: names of tries, or kinds of findings, to leave out.
+        gold: column of the right answer; None: the first that is called like one.
+        maximum: reward of a right answer; None: the top of `range`, where the configuration has it, else the highest.
+        presentations: texts with `{answer}` in them, as `NAME=TEXT` or `TEXT`; empty: the usual ones.
+        timeout_s: seconds of a call.
+    """
+
+    samples: int = 16
+    skip: Sequence[str] = ()
+    gold: str | None = None
+    maximum: float | None = None
+    presentations: Sequence[str] = ()
+    timeout_s: float = 10.0
+
+
+def check_rewards(config: GRPOConfig, options: CheckOptions = CheckOptions()) -> Any:
+    """The `rewards.check` report on rows of data.train, drawn by the seed.
+
+    Functions are called in a copy of this process that is killed at the limit, wherever a run calls them; those with
+    `where: gpu` in this process, without a limit.
 
     Raises:
-        InputError: the data or the functions cannot be used.
+        InputError: the data, the functions or the options cannot be used.
     """
     from rewards.check import check
 
-    rows = sampled_rows(config, num_samples)
-    loaded = _loaded(config, rows)
+    given = _setting(options)
+    rows = sampled_rows(config, options.samples)
     tokenizer = _tokenizer(config)
     prefill = prefill_of(tokenizer, rows[0]["prompt"])
+    loaded = _loaded(config, rows, prefill if TRAINING_GIVES_PREFILL else None)
+    if options.maximum is None:
+        given["maximum"] = {reward.name: reward.range[1] for reward in loaded if reward.range is not None}
     try:
         return check(
             [reward.function for reward in loaded],
             rows,
             weights=[reward.weight for reward in loaded],
+            names=[reward.name for reward in loaded],
+            in_process=[reward.name for reward in loaded if reward.where == "gpu"],
             prefill=prefill,
-            skip=tuple(skip),
+            without=() if TRAINING_GIVES_PREFILL else ("prefill",),
             tokenize=None if tokenizer is None else lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-            without=() if "prefill" in PROVIDED["sample"] else ("prefill",),
+            **given,
         )
     except ValueError as error:
         raise InputError(f"rewards: {clip(error, 200)}") from error
+
+
+def _setting(options: CheckOptions) -> dict[str, Any]:
+    """Fields of `Setting`. Raises `InputError` for a presentation without a place for the answer."""
+    if not 0 < options.timeout_s < 1e6:
+        raise InputError(f"timeout is {options.timeout_s} (want more than 0)")
+    given: dict[str, Any] = {"skip": tuple(options.skip), "gold": options.gold, "maximum": options.maximum}
+    given["timeout_s"] = options.timeout_s
+    forms = {}
+    for text in options.presentations:
+        name, named, form = text.partition("=")
+        whole = not named or "{answer}" in name  # `x={answer}` without a name has no `=` before the answer
+        forms[text if whole else name] = text if whole else form
+        if "{answer}" not in text:
+            raise InputError(f"presentations: {clip(text, 80)!r} has no place for the answer (want {{answer}} in it)")
+    return given | ({"presentations": forms} if forms else {})
 
 
 def sampled_rows(config: GRPOConfig, count: int) -> list[dict[str, Any]]:
@@ -69,12 +117,16 @@ def sampled_rows(config: GRPOConfig, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _loaded(config: GRPOConfig, rows: Sequence[dict[str, Any]]) -> list[Reward]:
+def _loaded(config: GRPOConfig, rows: Sequence[dict[str, Any]], prefill: str | None) -> list[Reward]:
     entries = config.rewards.functions
     if not entries:
         raise InputError("rewards is empty (want at least one function: `rewards: [{function: module:name}]`)")
     columns = {name for row in rows for name in row}
-    return load_rewards([entry.function for entry in entries], [entry.weight for entry in entries], columns)
+    loaded = load_rewards(
+        [RewardSpec(**entry.model_dump()) for entry in entries], None, columns, config.rewards.timeout, prefill
+    )
+    close_pools(loaded)  # they start, which is worth knowing, and are not needed
+    return loaded
 
 
 def _tokenizer(config: GRPOConfig) -> Any:
@@ -83,18 +135,6 @@ def _tokenizer(config: GRPOConfig) -> Any:
     from grpo.model.load import load_tokenizer
 
     return load_tokenizer(config.model)
-
-
-def prefill_of(tokenizer: Any, prompt: Any) -> str:
-    """What the chat template writes of the completion itself: from `<think>` on, "" when it opens none."""
-    if tokenizer is None or isinstance(prompt, str) or not getattr(tokenizer, "chat_template", None):
-        return ""
-    messages = list(prompt)
-    bare = tokenizer.apply_chat_template(messages, tokenize=False)
-    ready = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    header = ready.removeprefix(bare)
-    place = header.find("<think>")
-    return "" if place < 0 else header[place:]
 
 
 # --- difficulty ----------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def evaluate(
     return 0
 
 
-def check_rewards(
+def check_rewards(  # noqa: PLR0913 (each is an option of the command)
     config: tyro.conf.Positional[ConfigFile],
     overrides: tyro.conf.Positional[Overrides],
     /,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo.check_rewards import group_statistics, prefill_of
+from grpo.check_rewards import group_statistics
 from grpo.cli import main
+from grpo.reward_prefill import prefill_in, prefill_of
 from tests.tiny import tiny_model, tokenizer
 
 REWARDS = r"""
@@ -125,3 +126,73 @@ def test_prefill_of_a_template():
     messages = [{"role": "user", "content": "hi"}]
     assert prefill_of(Template(), messages) == "<think>\n"
     assert prefill_of(Template(), "hi") == "" and prefill_of(None, messages) == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "of_template", "expected"),
+    [
+        ("1 + 1?", "", ""),
+        ("1 + 1?", "<think>\n", ""),  # the template is not applied to text
+        ("1 + 1? <think>\n", "", "<think>\n"),
+        ("1 + 1? <think>", "", "<think>"),
+        ("in <think> you think", "", ""),
+        ("x" * 5000 + "<think> \n", "", "<think> \n"),
+        ([{"role": "user", "content": "hi <think>"}], "<think>\n", "<think>\n"),
+        ([{"role": "user", "content": "hi <think>"}], "", ""),
+    ],
+)
+def test_prefill_of_one_prompt(prompt, of_template, expected):
+    assert prefill_in(prompt, of_template) == expected
+
+
+def changed(**fields):
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    config["rewards"][0] |= fields
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_gold_maximum_and_presentations(home, capsys):
+    """Each option changes the verdict on a reward: on what is right, how high that is, how it is written."""
+    rows = [{"prompt": f"add {n} 1", "answer": "0", "sum": str(n + 1)} for n in range(41, 49)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("mine.py").write_text(
+        "def half(completion, sum):\n"
+        "    return 0.5 * (completion.strip().startswith('=> ') and completion.strip()[3:].strip() == sum)\n"
+    )
+    using("mine.py:half")
+    skipped = ("--skip", "spelling", "gold")
+    assert run(capsys, *skipped)[0] == 1  # `answer` is not right, and no usual presentation is
+    form = ("--gold", "sum", "--presentations", "arrow==> {answer}")
+    code, out, _ = run(capsys, *form, *skipped)
+    assert code == 0 and " 0.5 " in out
+    code, out, _ = run(capsys, *form, "--maximum", "1.0")
+    assert code == 1 and "gets at most 0.5 of 1 in every presentation" in out
+    changed(range=[0.0, 1.0])  # the configuration says it too
+    assert "gets at most 0.5 of 1 in every presentation" in run(capsys, *form)[1]
+    code, _, err = run(capsys, "--presentations", "no place")
+    assert code == 2 and "'no place' has no place for the answer" in err
+    code, _, err = run(capsys, "--gold", "nothing")
+    assert code == 2 and "no column 'nothing'" in err
+    assert run(capsys, "--timeout", "0")[2] == "timeout is 0.0 (want more than 0)\n"
+
+
+def test_a_reward_that_never_returns(home, capsys):
+    Path("mine.py").write_text(
+        "def loops(completion, answer):\n    while not completion: pass\n    return completion == answer\n"
+    )
+    using("mine.py:loops")
+    code, out, _ = run(capsys, "--samples", "2", "--timeout", "0.3")
+    assert code == 1 and "gave no answer within 0.3 s (killed)" in out
+
+
+def test_arguments_and_name(home, capsys):
+    using("rewards:code_tests")
+    code, _, err = run(capsys)
+    assert code == 2 and "give it arguments: {…} (it takes tier, mode, limits," in err
+    changed(arguments={"teir": "process"})
+    code, _, err = run(capsys)
+    assert code == 2 and "arguments: takes no 'teir' (did you mean 'tier'? it takes tier, mode, limits," in err
+    using("rewards:soft_overlong")
+    changed(name="overlong", arguments={"max_length": 64, "buffer": 16})
+    code, out, err = run(capsys, "--samples", "2")
+    assert "overlong" in out and "bottom" in out and not err
