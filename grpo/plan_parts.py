@@ -130,7 +130,8 @@ def read_facts(hf_config: Any, config: ModelConfig, adapter: AdapterConfig | Non
     packed = tuple(m.weight.numel() for m in model.modules() if type(m) is nn.Linear and m is not head)
     widths = _widths(model)
     if adapter is not None:
-        model = add_adapter(model, adapter)
+        with torch.device("meta"):
+            model = add_adapter(model, adapter)
     layers = checkpointable_layers(base_of(model))
     counts = Counts(
         parameters=whole,

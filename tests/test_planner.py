@@ -1,11 +1,13 @@
 """The planner against what the real objects hold, and against peaks measured on a GPU (profiling/results/)."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path as File
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.bench_models import model_config
 from grpo.config import GRPOConfig, OptimizerConfig, SFTConfig
@@ -30,9 +32,9 @@ from grpo.plan_rollout import Sequences, hf_parts, kv_cache_of, logit_bytes
 from grpo.plan_update import Bin, Pass, Path, tile_bytes
 from grpo.planner import Planner, auto_kv_cache, auto_tokens_per_batch, documents_per_step, plan
 from grpo.rollout.engine import Sampling
-from grpo.rollout.hf_engine import sample
+from grpo.rollout.hf_engine import HFEngine, sample
 
-from .tiny import tiny_model
+from .tiny import tiny_model, tokenizer
 
 GIB = 2**30
 RESULTS = File(__file__).parent.parent / "profiling" / "results"
@@ -288,3 +290,227 @@ def test_the_longest_step_measured_on_a_gpu():
             then, host = predicted("llama-3.1-8b", (row["tokens"],), 1, True, update, as_then=commit)
             assert then == pytest.approx(row["peak_gib"], rel=0.05)
             assert host == pytest.approx(row["pinned_gib"], rel=0.001)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Most bytes of tensors made inside that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.users = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                self._born(tensor)
+        return result
+
+    def _born(self, tensor):
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        self.users[place] = self.users.get(place, 0) + 1
+        if self.users[place] == 1:
+            self.live += size
+            self.peak = max(self.peak, self.live)
+        weakref.finalize(tensor, self._gone, place, size)
+
+    def _gone(self, place, size):
+        self.users[place] -= 1
+        if self.users[place] == 0:
+            self.live -= size
+
+
+def test_logits_take_what_sampling_really_holds():
+    rows, vocabulary = 3, 50_000
+    logits = torch.randn(rows, vocabulary)
+    draws = torch.rand(rows, dtype=torch.float64)
+    with LiveBytes() as counted:
+        sample(logits, draws, Sampling(2, 4, 0.7, 1.0, 0, 0.0, (1,), 0))
+    assert logits.nbytes + counted.peak == pytest.approx(logit_bytes(rows, vocabulary), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_kv_cache_is_the_engines_own(family):
+    model = tiny_model(family, dtype=torch.bfloat16)
+    engine = HFEngine(Policy(model), tokenizer())
+    with torch.no_grad(), engine.policy.evaluating():
+        state = engine._prefill([[2, 3, 4, 5, 6]] * 3)
+        engine._advance(state, torch.tensor([7, 8, 9]))
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in state.cache.layers)
+    assert held == 3 * 6 * kv_bytes_per_token(model.config, "bfloat16")
+    run = config(None, num_generations=3, max_sequences=3, max_prompt_length=5, max_completion_length=1)
+    parts = hf_parts(facts_of(model, run), Path.of(run, facts_of(model, run)), held // 18, Sequences.of(run))
+    assert parts["KV cache"] == held
+
+
+def test_the_design_pages_own_figure_of_a_cache():
+    assert kv_bytes_per_token(model_config("qwen3-1.7b")) == 112 * 1024
+    assert 64 * 8 * 640 * kv_bytes_per_token(model_config("qwen3-1.7b")) == 35 * GIB
+
+
+def test_sequences_at_once():
+    run = config(None, prompts_per_step=5, num_generations=8, max_sequences=24)
+    assert (Sequences.of(run).count, Sequences.of(run).prompts) == (24, 3)
+    run = config(None, prompts_per_step=2, num_generations=8, max_sequences=256)
+    assert (Sequences.of(run).count, Sequences.of(run).prompts) == (16, 2)
+
+
+def vllm(**values):
+    return config(
+        {"r": 16}, engine="vllm", max_sequences=64, max_prompt_length=1024, max_completion_length=1024, **values
+    )
+
+
+def test_auto_kv_cache_is_what_is_left_and_no_more_than_is_used():
+    hf = model_config("qwen3-1.7b")
+    facts = facts_of(hf, vllm())
+    working = 64 * 151_936 * 16 + 16_384 * (4 * 2048 + 2 * 2048 + 2 * 6144) * 2 + int(1.4 * GIB)
+    free = 6 * GIB
+    assert auto_kv_cache(vllm(), hf, free) == int(free * 0.95) - working
+    own = auto_kv_cache(vllm(share_weights=False), hf, 12 * GIB)
+    assert own == int(12 * GIB * 0.95) - working - weight_bytes(facts, vllm())
+    assert auto_kv_cache(vllm(), hf, 80 * GIB) == int(1.05 * 64 * 2048 * 112 * 1024)
+    with pytest.raises(InputError, match=r"rollout.kv_cache is auto: the cache of one sequence takes 0.22 GiB"):
+        auto_kv_cache(vllm(), hf, working)
+    assert kv_cache_of(vllm(kv_cache="5GB"), facts, 1, 0, None) == 5 * 10**9
+    assert kv_cache_of(vllm(kv_cache=0.25), facts, 1, 0, 80 * GIB) == 20 * GIB
+
+
+# --- auto bins, verdict, advice --------------------------------------------------------------------------------------
+
+
+def long_run(**values):
+    given = {"prompts_per_step": 4, "num_generations": 8, "max_prompt_length": 1024, "max_completion_length": 7168}
+    return config({"r": 16}, **(given | values))
+
+
+def update_peak(run, hf, tokens):
+    longest = 8192
+    phases = Planner(hf, 1).update(run, Bin.full(tokens, longest).lengths, several_bins=tokens < 32 * longest)
+    return max(phase.bytes for phase in phases)
+
+
+def test_auto_bins_are_the_largest_that_fit():
+    run, hf = long_run(), model_config("llama-3.1-8b")
+    resident = sum(resident_parts(facts_of(hf, run), run).values())
+    for free in (8 * GIB, 20 * GIB):
+        tokens = auto_tokens_per_batch(run, hf, free)
+        assert tokens % 1024 == 0 and 8192 < tokens < 32 * 8192
+        room = (resident + free) / 1.05
+        assert update_peak(run, hf, tokens) <= room < update_peak(run, hf, tokens + 1024)
+
+
+def test_auto_bins_have_bounds():
+    run, hf = long_run(), model_config("llama-3.1-8b")
+    assert auto_tokens_per_batch(run, hf, 0) == 8192  # a document is never cut
+    assert auto_tokens_per_batch(run, hf, 10**15) == 32 * 8192  # a whole step
+    assert auto_tokens_per_batch(run, hf, None) == 16_384
+    sft = SFTConfig(model={"name_or_path": "x"}, adapter={"r": 16}, examples_per_step=3, max_completion_length=1000)
+    assert auto_tokens_per_batch(sft, hf, 10**15) == 6 * 1024  # 3 · (1024 + 1000), whole steps of 1,024
+
+
+def test_phases_are_sums_of_named_parts():
+    run, hf = long_run(beta=0.1), model_config("llama-3.1-8b")
+    found = plan(run, "80GB", hf_config=hf)
+    assert [phase.name for phase in found.phases] == [
+        "load", "rollout", "score", "reference", "forward", "backward", "optimizer", "save"
+    ]  # fmt: skip
+    facts = facts_of(hf, run)
+    score = resident_parts(facts, run) | {"optimizer state": optimizer_bytes(facts, run)}
+    assert found.phase("score").parts == score
+    assert found.phase("optimizer").bytes == sum(score.values()) + 2 * gradient_bytes(facts)  # gradients, √v
+    assert found.phase("rollout").parts["KV cache"] == 32 * 8192 * 128 * 1024
+    assert found.bytes_of("update") == max(found.phase(n).bytes for n in ("forward", "backward", "optimizer"))
+    full = plan(config(None, beta=0.1), hf_config=hf)
+    assert full.phase("save").parts["reference copy"] == full.phase("save").parts["weights"]
+
+
+def test_it_fits_on_a_card_of_just_the_size_needed():
+    run, hf = long_run(max_sequences=4), model_config("qwen3-1.7b")
+    needed = plan(run, "80GB", hf_config=hf).needed
+    assert needed == int(plan(run, "80GB", hf_config=hf).peak.bytes * 1.05) + CUDA_CONTEXT
+    assert plan(run, needed, hf_config=hf).fits and not plan(run, needed - 1, hf_config=hf).fits
+
+
+def test_a_bin_is_never_smaller_than_the_longest_document():
+    run, hf = long_run(max_tokens_per_batch=4096), model_config("qwen2.5-0.5b")
+    found = plan(run, "80GB", hf_config=hf)
+    assert found.tokens_per_bin == 8192
+    assert "update.max_tokens_per_batch is 4,096, the longest document has 8,192 tokens" in found.notes[0]
+
+
+def test_savings_are_what_planning_again_gives():
+    run, hf = long_run(max_sequences=2, activation_checkpointing="recompute"), model_config("llama-3.1-8b")
+    planner = Planner(hf, "80GB")
+    found = planner.plan(run)
+    by_name = {saving.knob.text: saving.bytes for saving in savings(planner, found)}
+    offload = run.model_copy(update={"update": run.update.model_copy(update={"activation_checkpointing": "offload"})})
+    assert by_name["update.activation_checkpointing=offload"] == found.peak.bytes - planner.plan(offload).peak.bytes
+    assert list(by_name.values()) == sorted(by_name.values(), reverse=True)
+    assert min(by_name.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpu", "values"),
+    [
+        ("llama-3.1-8b", "24GB", {"max_sequences": 2}),
+        ("llama-3.1-8b", "24GB", {}),
+        ("llama-3.1-8b", "12GB", {}),
+        ("qwen2.5-0.5b", "4GB", {"max_completion_length": 65_536}),
+    ],
+)
+def test_the_proposal_fits_and_needs_each_of_its_knobs(shape, gpu, values):
+    planner = Planner(model_config(shape), gpu)
+    run = long_run(**values)
+    found = planner.plan(run)
+    assert not found.fits
+    change = smallest_change(planner, found)
+
+    def fits(chosen):
+        config = run
+        for knob in chosen:
+            config = knob.applied(config)
+        return planner.plan(config).fits
+
+    assert change and fits(change)
+    assert not any(fits([knob for knob in change if knob is not left_out]) for left_out in change)
+    if len(change) == 2:
+        assert not any(fits([knob]) for knob in knobs(run))
+
+
+def test_where_nothing_helps_that_is_said():
+    planner = Planner(model_config("qwen3-14b"), "6GB")
+    found = planner.plan(long_run())
+    assert smallest_change(planner, found) is None
+    assert "no change of these knobs makes it fit" in plan_table(found, planner)[-1]
+
+
+def test_host_memory_counts_for_the_verdict():
+    planner = Planner(model_config("llama-3.1-8b"), "80GB")
+    found = planner.plan(long_run(max_sequences=4, activation_checkpointing="offload"))
+    assert found.host == {"layer inputs": 31 * 16_384 * 4096 * 2}
+    assert replace(found, host_free=found.host["layer inputs"]).fits
+    poor = replace(found, host_free=found.host["layer inputs"] - 1)
+    assert not poor.fits and "too little" in plan_lines(poor)[-1]
+
+
+def test_the_summary_and_the_comparison():
+    run, hf = long_run(max_sequences=4), model_config("qwen3-1.7b")
+    found = plan(run, "80GB", hf_config=hf)
+    lines = plan_lines(found)
+    assert lines[0].startswith("plan: peak ") and f"bins of {found.tokens_per_bin:,} tokens" in lines[0]
+    assert lines[1].startswith("plan: fits: peak")
+    planned = found.bytes_of("update") / GIB
+    row = {
+        "phase/rollout/peak_gib": 1.0, "phase/rollout/reserved_gib": 2.0, "phase/update/seconds": 3.0,
+        "phase/update/peak_gib": planned * 0.97, "phase/update/reserved_gib": 99.0, "phase/save/seconds": 1.0,
+        "phase/unknown/peak_gib": 500.0, "phase/unknown/reserved_gib": 500.0,
+    }  # fmt: skip
+    assert compare_line(found, row) == f"update: planned {planned:.2f} GiB, measured {planned * 0.97:.2f} GiB (−3 %)"
+    assert compare_line(found, {"phase/update/peak_gib": 1.0}) is None  # memory of the process, not of a GPU
+    assert documents_per_step(run) == 32
