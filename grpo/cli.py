@@ -194,13 +194,16 @@ def demo(
     output_dir: Annotated[
         Path | None, tyro.conf.arg(help="run folder; default: runs/demo, or the next free name")
     ] = None,
+    engine: Annotated[
+        Literal["hf", "vllm"], tyro.conf.arg(help="rollout engine; vllm needs a GPU and the vllm extra")
+    ] = "hf",
     debug: Debug = False,
 ) -> int:
     """Warm up a tiny model and train it with GRPO, on a CPU, in about a minute."""
     from grpo.demo import free_folder, run_demo
 
     _quiet_library_bars()
-    run_demo(seed, output_dir or free_folder(Path("runs/demo")))
+    run_demo(seed, output_dir or free_folder(Path("runs/demo")), engine=engine)
     return 0
 
 

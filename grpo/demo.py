@@ -126,15 +126,18 @@ def warm_start_config(seed: int, folder: Path) -> SFTConfig:
     )
 
 
-def grpo_config(seed: int, folder: Path, reward_weights: list[float]) -> GRPOConfig:
+def grpo_config(seed: int, folder: Path, reward_weights: list[float], engine: str = "hf") -> GRPOConfig:
     """160 optimizer steps: 64 prompts × 8 generations, each batch used twice."""
+    rollout: dict[str, Any] = {"num_generations": 8, "max_completion_length": 8, "max_sequences": 512, "engine": engine}
+    if engine == "vllm":
+        rollout |= {"kv_cache": "1GiB", "cuda_graphs": False}
     return GRPOConfig(
         reward_weights=reward_weights,
         output_dir=str(folder),
         seed=seed,
         max_steps=160,
         prompts_per_step=64,
-        rollout={"num_generations": 8, "max_completion_length": 8, "max_sequences": 512},
+        rollout=rollout,
         objective={"num_iterations": 2, "scale_rewards": "group"},
         optimizer={
             "learning_rate": 1e-3,
@@ -164,14 +167,21 @@ def free_folder(wanted: Path) -> Path:
     return folder
 
 
-def run_demo(seed: int, output_dir: Path, teacher: Callable[..., Any] | None = None) -> dict[str, Any]:
+def run_demo(
+    seed: int, output_dir: Path, teacher: Callable[..., Any] | None = None, engine: str = "hf"
+) -> dict[str, Any]:
     """Warm start, then GRPO. Returns and writes the summary. Raises `InputError` when the folder holds a run.
 
-    `teacher` replaces the reward that trains (the control pays at random); accuracy is always `sort_reward`'s.
+    `teacher` replaces the reward that trains (the control pays at random); accuracy is always `sort_reward`'s. `engine`
+    samples in the GRPO stage: hf on any device, vllm on a GPU (InputError where it cannot run).
     """
     start = time.monotonic()
     if holds_demo(output_dir):
         raise InputError(f"{output_dir}: holds a run (want --output-dir NEW, or remove it)")
+    if engine == "vllm":
+        from grpo.rollout.vllm_engine import check_vllm
+
+        check_vllm()
     import torch
 
     from grpo.sft import SFTTrainer
@@ -199,7 +209,7 @@ def run_demo(seed: int, output_dir: Path, teacher: Callable[..., Any] | None = N
     trainer = GRPOTrainer(
         model,
         [sort_reward] if teacher is None else [sort_reward, teacher],
-        grpo_config(seed, output_dir, reward_weights=[1.0] if teacher is None else [0.0, 1.0]),
+        grpo_config(seed, output_dir, [1.0] if teacher is None else [0.0, 1.0], engine),
         train,
         held_out,
         processing_class=tokenizer,
@@ -217,6 +227,7 @@ def run_demo(seed: int, output_dir: Path, teacher: Callable[..., Any] | None = N
         "accuracy_before": trainer.first_row["initial_eval_rewards/sort_reward/mean"],
         "accuracy_after": row["eval_rewards/sort_reward/mean"],
         "num_problems": len(held_out),
+        "engine": engine,
         "seconds": seconds,
         "seed": seed,
         "steps": trainer.step,

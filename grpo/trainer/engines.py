@@ -99,6 +99,8 @@ def _vllm(
     options = replace(
         _options(config, source), adapter_rank=rank, adapter_targets=targets, share_weights=bool(wanted) and not reason
     )
+    if model is not None:
+        options = replace(options, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
     cache = format_bytes(options.kv_cache_bytes)
     say(f"starting vLLM: KV cache of {cache}, {options.max_sequences} sequences at a time")
     try:
@@ -108,7 +110,8 @@ def _vllm(
             shutil.rmtree(source, ignore_errors=True)
     if not options.share_weights:
         say(f"rollout: the engine has its own copy of the base weights ({reason or 'rollout.share_weights is false'})")
-        return engine, make_policy(model if model is not None else load_model(config.model))
+        own = model.to(resolve_device(config.model.device)) if model is not None else load_model(config.model)
+        return engine, make_policy(own)
     base = base_of(model) if model is not None else load_model(_on_cpu(config.model))
     shared = engine.share_base(base, resolve_device(config.model.device))
     if shared.own and wanted is True:
