@@ -564,11 +564,11 @@ def test_ctrl_c_breaks_the_calls_off_and_leaves_no_thread(tmp_path, policy, fake
 # --- a real model behind the fake ------------------------------------------------------------------------------------
 
 
-def served_llama(alpha_over_r=2.5):
+def served_llama(alpha_over_r=2.5, base=None):
     """Logits of the tiny base with W + s·B·A, read from the adapter's file the first time a path is met."""
     from safetensors.torch import load_file
 
-    base, loaded, lock = tiny_model("llama").eval(), {}, threading.Lock()
+    base, loaded, lock = base or tiny_model("llama").eval(), {}, threading.Lock()
 
     def load(path):
         tensors = load_file(Path(path) / "adapter_model.safetensors")
