@@ -17,7 +17,8 @@
 A peak is the highest of the whole process while the phase was open, what stood there before it included; peaks of
 phases do not add up. A nested phase is part of its parent: its seconds and its peaks count for both.
 
-Outermost phases wait for the device at both borders. Phases inside one never wait (that would drain the queue of
+`others_gib` is the highest of what the driver said at the borders of the phase and of those inside it, the first time
+through each. Outermost phases wait for the device at both borders. Phases inside one never wait (that would drain the queue of
 kernels between forward and backward): an event is recorded on the current stream at each border, and read once the
 outermost phase has waited. torch is never imported here, only used when it is loaded. Left out: threads (one ledger
 belongs to the thread that trains), other devices and streams than the current, and plans (the planner's).
@@ -56,6 +57,7 @@ class MemoryMeter:
     def __init__(self, proc: Path = Path("/proc/self")) -> None:
         self._status = self._keep_open(proc / "status", os.O_RDONLY)
         self._clear_refs = self._keep_open(proc / "clear_refs", os.O_WRONLY)
+        self._reserved = 0
         self._key = b"VmHWM:" if self._reset_resident() else b"VmRSS:"
         if self._status is None:
             self.source = f"none ({proc / 'status'} cannot be read)"
@@ -90,11 +92,11 @@ class MemoryMeter:
         return self._resident() | self._device()
 
     def others(self) -> Peaks:
-        """`others`: bytes in use on the device now, as the driver counts them, less what torch has reserved."""
+        """`others`: bytes in use on the device now, by the driver, less what torch had reserved at the last `peaks`."""
         if (cuda := _cuda()) is None:
             return {}
         free, total = cuda.mem_get_info()
-        return {"others": max(0, total - free - cuda.memory_stats_as_nested_dict()["reserved_bytes"]["all"]["current"])}
+        return {"others": max(0, total - free - self._reserved)}
 
     def _resident(self) -> Peaks:
         if self._status is None:
@@ -119,6 +121,7 @@ class MemoryMeter:
             return {}
         stats = cuda.memory_stats_as_nested_dict()  # one call; memory_stats() flattens it, which costs more
         peaks = {kind: stats[f"{kind}_bytes"]["all"]["peak"] for kind in ("allocated", "reserved")}
+        self._reserved = stats["reserved_bytes"]["all"]["current"]
         cuda.reset_peak_memory_stats()
         if hasattr(cuda, "host_memory_stats_as_nested_dict"):
             pinned = cuda.host_memory_stats_as_nested_dict().get("allocated_bytes")
@@ -230,26 +233,32 @@ class Ledger:
         parent = self._open[-1] if self._open else None
         if parent is None:
             self._meter.synchronize()
-        others = self._meter.others()
-        self._harvest(others)
-        span = _Span(name, parent, peaks=others)  # what stands at a border counts on both sides of it
+        others = self._harvest(self._is_first(name))  # what stands at a border counts on both sides of it
+        span = _Span(name, parent, peaks=others)
         span.start, span.first_mark = self._clock(), None if parent is None else self._meter.mark()
         self._open.append(span)
         return span
 
     def _end(self, span: _Span, whole: bool) -> None:
         span.seconds = self._clock() - span.start
-        self._harvest(self._meter.others() if whole else {})
+        self._harvest(whole and self._is_first(span.name))
         self._open.pop()
         self._ended.append(span)
         if span.parent is None:
             self._bill(whole)
 
-    def _harvest(self, others: Peaks) -> None:
-        """What was used since the last border belongs to every phase that is open."""
-        peaks = self._meter.peaks() | others
+    def _is_first(self, name: str) -> bool:
+        """Whether the driver is asked: not at every bin, which is felt on a busy device, and it has no peak to miss."""
+        return all(ended.name != name for ended in self._ended)
+
+    def _harvest(self, ask_driver: bool) -> Peaks:
+        """What was used since the last border belongs to every phase that is open. Returns what others have now."""
+        peaks = self._meter.peaks()
+        others = self._meter.others() if ask_driver else {}
         for span in self._open:
             _raise_to(span.peaks, peaks)
+            _raise_to(span.peaks, others)
+        return others
 
     def _bill(self, whole: bool) -> None:
         """The spans that ended, innermost first, so that a row names a phase before the one it is inside."""

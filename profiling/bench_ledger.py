@@ -1,8 +1,8 @@
 """What the ledger costs: the same training step with the real ledger and with one that does nothing, in turn.
 
-    python -m profiling.bench_ledger [--device cuda] [--steps 200] [--bins 4] [--tokens 16384] [--width 2048]
+    python -m profiling.bench_ledger [--device cuda] [--steps 200]
 
-A step is one "update" phase around `--bins` times forward and backward, then the optimizer: 4 × bins + 4 borders.
+A step is one "update" phase around forward and backward of each bin, then the optimizer: 4 × bins + 4 borders.
 The model is a stack of linear layers: no library's own cost hides the ledger's. A step ends when the device is done.
 Left out: the rest of a GRPO step (two borders a phase, whatever their number of bins).
 """
@@ -24,6 +24,10 @@ from torch import nn
 from grpo.ledger import Ledger
 from profiling.measure import device_slug, environment
 
+CASES = {  # bins, tokens of a bin, width, layers: on CUDA 0.4B weights, and a step too small to be worth a GPU
+    "cuda": ((4, 16384, 4096, 24), (4, 4096, 2048, 24)),
+    "cpu": ((4, 512, 256, 4), (4, 128, 128, 2)),
+}
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -102,17 +106,16 @@ def result(seconds: dict[str, list[float]], phases: int) -> dict[str, float]:
 
 
 def table(entry: dict[str, Any]) -> str:
-    """The figures, one a line."""
-    lines = [f"{key:<22}{value:>12g}" for key, value in entry["result"].items()]
-    return "\n".join([f"{entry['environment']['device']}, {entry['case']}", *lines])
+    """The figures, one a line, and a column a case."""
+    rows = entry["rows"]
+    lines = [f"{key:<22}" + "".join(f"{row[key]:>14g}" for row in rows) for key in rows[0]]
+    return "\n".join([f"{entry['environment']['device']}: {entry['alone_us_per_phase']} us for a phase alone", *lines])
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=200)
-    for name, cuda, cpu in (("bins", 4, 4), ("tokens", 16384, 512), ("width", 2048, 256), ("layers", 24, 4)):
-        parser.add_argument(f"--{name}", type=int, default=cuda if torch.cuda.is_available() else cpu)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--commit", help="of this checkout, where git is not at hand")
     return parser.parse_args()
@@ -122,15 +125,16 @@ def main() -> None:
     """Measure, print, and write results/<device>/ledger.json."""
     args = _arguments()
     device = torch.device(args.device)
-    case = {name: getattr(args, name) for name in ("bins", "tokens", "width", "layers")}
-    step = Step(device, **case)
-    found = result(compare(step, args.steps), phases=2 + 2 * args.bins)
-    found["alone_us_per_phase"] = round(alone_us(), 2)
+    rows = []
+    for shape in CASES[device.type]:
+        case = dict(zip(("bins", "tokens", "width", "layers"), shape, strict=True))
+        seconds = compare(Step(device, **case), args.steps)
+        rows.append(case | {"steps": args.steps} | result(seconds, phases=2 + 2 * case["bins"]))
     entry = {
         "environment": environment(device, args.commit),
-        "case": case | {"steps": args.steps},
         "memory": Ledger().memory_source,
-        "result": found,
+        "alone_us_per_phase": round(alone_us(), 2),
+        "rows": rows,
     }
     print(table(entry))
     path = args.out / device_slug(device) / "ledger.json"

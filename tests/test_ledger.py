@@ -304,6 +304,22 @@ def test_others_are_the_most_that_was_seen_at_a_border(house):
     }
 
 
+def test_the_driver_is_asked_at_the_first_of_many_bins_only(house):
+    ledger, _, meter = house
+    asked = []
+    meter.others = lambda: asked.append(None) or {"others": len(asked) * GIB}
+    for _ in range(2):
+        with ledger.phase("update"):
+            for _ in range(50):
+                with ledger.phase("forward"):
+                    pass
+                with ledger.phase("backward"):
+                    pass
+    assert len(asked) == 2 * 3 * 2
+    row = ledger.take()
+    assert [row[f"phase/{name}/others_gib"] for name in ("forward", "backward", "update")] == [9.0, 11.0, 12.0]
+
+
 class FakeCuda:
     """torch.cuda as far as the meter uses it."""
 
@@ -325,8 +341,8 @@ def test_the_meter_reads_the_allocators_and_leaves_torch_s_own_out_of_others(mon
     cuda = FakeCuda()
     monkeypatch.setattr("grpo.ledger._cuda", lambda: cuda)
     meter = MemoryMeter(tmp_path)
-    assert meter.others() == {"others": (80 - 50 - 8) * GIB}
     assert meter.peaks() == {"allocated": 7 * GIB, "reserved": 12 * GIB, "pinned": 3 * GIB}
+    assert meter.others() == {"others": (80 - 50 - 8) * GIB}
     assert meter.peaks() == {"allocated": 5 * GIB, "reserved": 8 * GIB, "pinned": 1 * GIB}  # anew
     cuda.free = 79  # the driver may lag behind the allocator
     assert meter.others() == {"others": 0}
