@@ -5,7 +5,7 @@
 P: weights of the linear layers without head; A: of adapters; D: heads × head_dim; a product costs 2 forward, 2 for the
 input's gradient, 2 for the weight's where it is trained; causal attention 2·D·T² forward and twice that backward.
 Recomputation counts as no work. MFU is against the rate of a large matrix product in the same run.
-Left out: the CUDA context and other processes (about 0.5 GiB): a cap on the allocator does not count them.
+Left out of a cap: the CUDA context and other processes; `outside_gib` says how much they take.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ class Card:
         return round(torch.cuda.memory_allocated(self.device) / GIB, 4) if self.device.type == "cuda" else None
 
     def peaks(self) -> dict[str, float]:
-        """GiB since `clean`: peak_gib, reserved_gib and pinned_gib on CUDA; on a CPU the process's resident memory."""
-        found = {kind: size / GIB for kind, size in self._meter.peaks().items()}
-        names = {"allocated": "peak", "reserved": "reserved", "pinned": "pinned"}
+        """GiB since `clean`: peak_gib, reserved_gib and pinned_gib of torch on CUDA, and outside_gib, what else is in
+        use on the device now; on a CPU peak_gib alone, the process's resident memory."""
+        found = {kind: size / GIB for kind, size in (self._meter.peaks() | self._meter.others()).items()}
+        names = {"allocated": "peak", "reserved": "reserved", "pinned": "pinned", "others": "outside"}
         if self.device.type != "cuda":
             names = {"resident": "peak"}
         return {f"{names[kind]}_gib": round(size, 4) for kind, size in found.items() if kind in names}
