@@ -8,8 +8,9 @@ Which back end runs a segment depends on lengths the host knows, dtype and devic
   query rows, so that no [T, T] tensor exists.
 cuDNN builds a plan for every new length (0.2 s on a Hopper GPU), and lengths never repeat in RL: a long document is
 padded at its end to a multiple of 512, which under a causal mask no real query sees; for one that has a bin to itself
-the policy adds those rows to the bin (`spare_rows`), which saves the copies. Its backward pass and flash's are not
-bitwise repeatable on a GPU.
+the policy adds those rows to the bin (`spare_rows`), which saves the copies. Its backward pass takes five times the
+queries' memory for itself, so over very long documents it goes head group by head group (`head_groups`). It is not
+bitwise repeatable on a GPU, nor is flash's.
 
 `PackedAttention` puts this into any transformers model that looks its attention up by name: under a name without a
 mask-registry entry the model builds no mask at all. The name is set while our own forward or recomputation runs and is
@@ -23,7 +24,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -41,6 +42,8 @@ NAME = "grpo_packed"
 CUDNN_FROM = 2048  # tokens: shorter documents are faster in flash
 CUDNN_MULTIPLE = 512
 CUDNN_MAX_HEAD_DIM = 128
+KERNEL_MEMORY = 5  # cuDNN's own in a backward pass, × the bytes of the queries (deduced from measured peaks)
+GROUP_BYTES = 2**30
 QUERY_BLOCK = 1024  # rows of scores that exist at once where a mask or a softcap is spelled out
 
 
@@ -154,13 +157,24 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, keeper: Keep
     if missing := -length % CUDNN_MULTIPLE:
         query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    if keeper is not None:
-        out = _KeptCudnn.apply(q, k, v, scale, keeper)
+    groups = head_groups(q.shape[2], q.shape[1] * q.shape[3] * q.element_size(), k.shape[1])
+    if keeper is not None or groups > 1:
+        out = _Cudnn.apply(q, k, v, scale, keeper, groups)
     else:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     out = out.squeeze(0).transpose(0, 1)
     return out[:length] if missing else out
+
+
+def head_groups(rows: int, row_bytes: int, num_key_heads: int) -> int:
+    """In how many turns the backward pass goes over the heads, so that cuDNN's own memory stays near `GROUP_BYTES`.
+
+    Args:
+        rows: of the document. row_bytes: of the queries of one row. num_key_heads: what is divided.
+    """
+    wanted = KERNEL_MEMORY * rows * row_bytes / GROUP_BYTES
+    return next((n for n in range(1, num_key_heads + 1) if num_key_heads % n == 0 and n >= wanted), num_key_heads)
 
 
 class Keeper(Protocol):
@@ -175,12 +189,15 @@ class Keeper(Protocol):
         """Called in the recomputation: the same tensors, exact."""
 
 
-class _KeptCudnn(torch.autograd.Function):
-    """The cuDNN call, whose result and log-sum-exp are not computed again when the layer is."""
+class _Cudnn(torch.autograd.Function):
+    """The cuDNN call. With a keeper, its result and log-sum-exp are not computed again when the layer is; in several
+    groups, its backward pass takes some heads at a time (no head knows of another, so the numbers are the same)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, keeper: Keeper) -> Tensor:
-        if keeper.recomputing:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, keeper: Keeper | None, groups: int
+    ) -> Tensor:
+        if keeper is not None and keeper.recomputing:
             rows_first, *rest = keeper.take()
             out = rows_first.transpose(1, 2)
         else:
@@ -188,8 +205,9 @@ class _KeptCudnn(torch.autograd.Function):
                 query, key, value, None, True, 0.0, True, scale=scale
             )
             rest = [lse, seed, offset]
-            keeper.keep(out.transpose(1, 2), *rest)
-        ctx.scale = scale
+            if keeper is not None:
+                keeper.keep(out.transpose(1, 2), *rest)
+        ctx.scale, ctx.groups = scale, groups
         ctx.save_for_backward(query, key, value, out, *rest)
         return out
 
@@ -197,11 +215,37 @@ class _KeptCudnn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, out, lse, seed, offset = ctx.saved_tensors
-        shared = gradient, query, key, value, out, lse, seed, offset, None, None, None
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *shared, query.shape[2], key.shape[2], 0.0, True, scale=ctx.scale
+
+        def call(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> Any:
+            shared = gradient, query, key, value, out, lse, seed, offset, None, None, None
+            return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                *shared, query.shape[2], key.shape[2], 0.0, True, scale=ctx.scale
+            )
+
+        return *by_head_groups(call, ctx.groups, gradient, query, key, value, out, lse), None, None, None
+
+
+def by_head_groups(  # what an attention's backward pass takes
+    call: Callable[..., Any], groups: int, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dQ, dK, dV) of `call(gradient, query, key, value, out, lse)`, over `groups` equal parts of the heads in turn.
+
+    All [1, heads, T, D] (lse [1, heads, T, …]); Hq a multiple of Hk, Hk of `groups`.
+    """
+    if groups == 1:
+        return tuple(call(gradient, query, key, value, out, lse))
+    # Rows first in memory, as the projections' gradients are read.
+    found = tuple(torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+    many, few = query.shape[1] // groups, key.shape[1] // groups
+    for group in range(groups):
+        heads, key_heads = slice(group * many, (group + 1) * many), slice(group * few, (group + 1) * few)
+        parts = call(
+            gradient[:, heads], query[:, heads], key[:, key_heads], value[:, key_heads], out[:, heads], lse[:, heads]
         )
-        return *found, None, None
+        for whole, part, place in zip(found, parts, (heads, key_heads, key_heads), strict=True):
+            whole[:, place] = part
+    return found  # type: ignore[return-value]
 
 
 def _by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, attend: Any) -> Tensor:

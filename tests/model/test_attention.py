@@ -182,6 +182,54 @@ def test_further_rows_are_kept_out_of_the_flash_call(monkeypatch):
         assert not gradient[9:].any()
 
 
+def sdpa_backward(gradient, query, key, value, out, lse):
+    """The whole backward pass by autograd; held to the statistics it is given, as a kernel would use them."""
+    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    again = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
+    assert torch.equal(again, out)
+    wanted = (query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * 0.3).tril()
+    wanted = wanted.masked_fill(torch.ones_like(wanted).triu(1).bool(), -torch.inf).logsumexp(-1)
+    assert torch.allclose(lse, wanted, rtol=1e-12)
+    return torch.autograd.grad(again, inputs, gradient)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_some_heads_at_a_time_is_all_heads_at_once(groups):
+    q, k, v = (x.detach().transpose(0, 1)[None] for x in heads(11, num_heads=8, num_groups=4))
+    gradient = torch.randn_like(q)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+    scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3)) * 0.3
+    lse = scores.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf).logsumexp(-1)
+    found = attention.by_head_groups(sdpa_backward, groups, gradient, q, k, v, out, lse)
+    for part, whole in zip(found, sdpa_backward(gradient, q, k, v, out, lse), strict=True):
+        assert part.shape == whole.shape
+        assert relative_error(part, whole) < 1e-14
+
+
+def test_turns_are_as_many_as_keep_the_kernels_memory_small():
+    """8B shape: 32 heads of 128 in 16 bits, 8 key heads: 5 × 8,192 bytes a row."""
+    turns = [attention.head_groups(rows, 8192, 8) for rows in (2048, 20_480, 26_214, 26_240, 102_400, 1_000_000)]
+    assert turns == [1, 1, 1, 2, 4, 8]
+    assert attention.head_groups(10**6, 8192, 6) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[2048], [2500], [5000, 300]], ids=str)
+def test_gpu_head_groups(lengths, monkeypatch):
+    """In turns and at once, the same call in bfloat16."""
+    layout = segments(lengths).to("cuda")
+    inputs = [x.detach().cuda().bfloat16() for x in heads(sum(lengths), torch.float32, width=64)]
+    weights = torch.randn_like(inputs[0])
+    results = []
+    for size in (2**30, 2**10):
+        monkeypatch.setattr(attention, "GROUP_BYTES", size)
+        tensors = [x.clone().requires_grad_() for x in inputs]
+        out = packed_attention(*tensors, layout, scale=0.125)
+        results.append([out, *torch.autograd.grad((out * weights).sum(), tensors)])
+    for found, reference in zip(*results, strict=True):
+        assert relative_error(found, reference) < PACKING["bfloat16"] / 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize(
