@@ -2,6 +2,8 @@
 
 Source: REWARDS.md section 7 (31 probes, 26 hostile). None is a default and none replaces another: a tier that cannot
 be built on a machine is an error. What can be said is "0 of N listed probes get through", never "secure".
+As root, tests become `nobody`. Started by another user they stay this user: in the tiers without Landlock, what that
+user may read, write or end, the trainer itself included, is open to them.
 Left out: import lists and patched builtins inside one process, which keep out nothing deliberate.
 """
 
