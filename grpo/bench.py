@@ -167,6 +167,9 @@ def find_longest(
         rate = Rate.of(card)
         for place, method in enumerate(methods):
             share = (end - time.perf_counter()) / (len(methods) - place)
+            if share <= 0:
+                yield {"method": method.name, "skipped": "no seconds of the budget left", "rows": []}
+                continue
             search = Search(card.capacity_gib, share, most, step=min(512, probes[0]))
 
             def try_one(tokens: int, method: Method = method, rate: Rate = rate) -> Row:

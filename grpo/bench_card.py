@@ -74,8 +74,8 @@ class Card:
 
     def clean(self) -> None:
         """Everything that is no longer used goes back to the device; peaks start anew."""
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
         self._meter.peaks()

@@ -8,7 +8,8 @@
 
 The search itself is `grpo.bench` (`grpo bench` runs it for an installed user). Two short tries predict the length that
 fits; it is tried, then one above that fails; both stay in the JSON. Attention over 300,000 tokens takes minutes a step:
-no try is begun that would outlast `--budget`, and a search that ended so says "budget". Setting
+no try is begun that would outlast `--budget`, which the methods share (give it to one of them by `--only`), and a
+search that ended so says "budget". Setting
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the command changes what fits; the JSON records it.
 
 Every method's gradient is held against float32 without savings at the widths of the shape (see bench_update). TRL runs
@@ -22,6 +23,8 @@ import argparse
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ from profiling.measure import device_slug, environment, origin, write_between, w
 
 HERE = Path(__file__).parent
 ERROR_LENGTH = 4096
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+SAME = ("shape", "training", "rank", "card_gb", "allocator")  # a search of these replaces an older one
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def title(entry: dict[str, Any]) -> str:
@@ -122,8 +126,9 @@ def _draw(memory: Any, speed: Any, found: dict[str, Any], color: str, limit: flo
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def run(given: argparse.Namespace, case: Case, card: Card) -> dict[str, Any]:
-    """One search, or the given lengths, as it stands in the JSON."""
+def run(given: argparse.Namespace, case: Case, card: Card) -> Iterator[dict[str, Any]]:
+    """One search, or the given lengths, as it stands in the JSON: again after each method."""
+    start = time.perf_counter()
     methods = [method for method in WAYS if not given.only or method.name in given.only]
     check_lengths(card, given.tokens)
     errors = {} if given.no_errors else gradient_errors(case, methods, card.device, length=ERROR_LENGTH)
@@ -132,18 +137,21 @@ def run(given: argparse.Namespace, case: Case, card: Card) -> dict[str, Any]:
         "training": case.training,
         "rank": case.rank,
         "card_gb": card.size and card.size / 1e9,
-        "allocator": os.environ.get(ALLOCATOR),
+        "allocator": next((os.environ[name] for name in ALLOCATOR if name in os.environ), None),
         "flops": FORMULA,
         "environment": environment(card.device, given.commit),
         "gradient_errors": errors,
+        "methods": [],
     }
     if given.tokens:
         found = at_lengths(case, methods, card, given.tokens, say=_say)
     else:
         probes = tuple(given.probes)
-        found = find_longest(case, methods, card, budget_s=given.budget, probes=probes, most=given.most, say=_say)
-    entry["methods"] = list(found)
-    return entry
+        left = given.budget - (time.perf_counter() - start)
+        found = find_longest(case, methods, card, budget_s=left, probes=probes, most=given.most, say=_say)
+    for method in found:
+        entry["methods"].append(method)
+        yield entry
 
 
 def _say(text: str) -> None:
@@ -161,7 +169,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="*", help="measure these lengths instead of searching")
     parser.add_argument("--probes", type=int, nargs=2, default=(8192, 16_384), help="lengths that predict the longest")
     parser.add_argument("--most", type=int, default=2**20, help="try no length above this")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for all methods of this search")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for the whole program")
     parser.add_argument("--only", action="append", help=f"of {', '.join(m.name for m in WAYS)} (default: all)")
     parser.add_argument("--no-errors", action="store_true", help="leave the gradient errors out")
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/long_context.json")
@@ -192,16 +200,12 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         case, card = _case(given), Card(torch.device(given.device), parse_bytes(given.gpu) if given.gpu else None)
-        data: dict[str, Any] = {"searches": []}
-        entry = run(given, case, card)
+        others = json.loads(out.read_text())["searches"] if given.update and out.exists() else []
+        for entry in run(given, case, card):
+            kept = [old for old in others if any(old[key] != entry[key] for key in SAME)]
+            write_json(out, {"searches": [*kept, entry]})
     except (InputError, ValueError) as error:
         sys.exit(f"profiling.long_context: {error}")
-    if given.update and out.exists():
-        same = ("shape", "training", "rank", "card_gb", "allocator")
-        others = json.loads(out.read_text())["searches"]
-        data["searches"] = [old for old in others if any(old[key] != entry[key] for key in same)]
-    data["searches"].append(entry)
-    write_json(out, data)
     print(table({"searches": [entry]}))
 
 

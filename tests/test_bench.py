@@ -206,6 +206,11 @@ def test_the_longest_is_found_with_real_steps(card):
     assert cells[-1] == "2.0e-02"
 
 
+def test_without_budget_nothing_is_begun(card):
+    (entry,) = find_longest(TOY, [RECOMPUTE], card, budget_s=0.0, probes=(32, 64))
+    assert entry["rows"] == [] and "budget" in entry["skipped"]
+
+
 @pytest.mark.parametrize(
     ("error", "failed"),
     [
@@ -286,6 +291,10 @@ def test_data_is_the_same_for_rows_and_bins():
     ids = torch.cat([batch.input_ids for batch in data.batches]).view(-1, 39)
     rows = torch.cat([batch.row_ids for batch in data.batches])
     assert torch.equal(ids[rows.argsort()], data.ids[:, :-1]) and data.prompt == 20
+    for batch in data.batches:
+        rows = batch.row_ids.tolist()
+        assert torch.equal(batch.reference_logprobs[batch.scored_index], data.reference[rows].flatten())
+        assert torch.equal(batch.advantages[batch.scored_index], data.advantages[rows].repeat_interleave(20))
     assert set(SHAPES) >= {"qwen2.5-0.5b", "qwen3-1.7b", "llama-3.2-3b", "llama-3.1-8b", "qwen3-14b", "toy"}
 
 
