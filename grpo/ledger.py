@@ -18,10 +18,10 @@ A peak is the highest of the whole process while the phase was open, what stood 
 phases do not add up. A nested phase is part of its parent: its seconds and its peaks count for both.
 
 `others_gib` is the highest of what the driver said at the borders of the phase and of those inside it, the first time
-through each. Outermost phases wait for the device at both borders. Phases inside one never wait (that would drain the queue of
-kernels between forward and backward): an event is recorded on the current stream at each border, and read once the
-outermost phase has waited. torch is never imported here, only used when it is loaded. Left out: threads (one ledger
-belongs to the thread that trains), other devices and streams than the current, and plans (the planner's).
+through each. Outermost phases wait for the device at both borders. Phases inside one never wait (that would drain the
+queue of kernels between forward and backward): an event is recorded on the current stream at each border, and read
+once the outermost phase has waited. torch is never imported here, only used when it is loaded. Left out: threads (one
+ledger belongs to the thread that trains), other devices and streams than the current, and plans (the planner's).
 """
 
 from __future__ import annotations
