@@ -142,7 +142,7 @@ class Pass:
         elif self._casts():
             inner = self.bin.rows * w.mlp * (self.facts.adapter_element + 2 * self.facts.element)
         else:
-            inner = self.of_width(2 * w.mlp) + w.hidden * w.mlp * trained_element(self.facts)
+            inner = self.of_width(2 * w.mlp)  # gradients of h, e and g, when h is gone
         return max(self.of_width(2 * w.hidden), inner)
 
     def attention_backward(self) -> int:
@@ -153,6 +153,8 @@ class Pass:
         element = self.facts.element
         kernel = int(_KERNEL * self._longest_call() * w.queries * element)
         found = self.of_width(2 * w.queries + 2 * w.keys) + kernel
+        if self._calls()[1]:  # gradients of q, k, v of each call, and put together
+            found += self.of_width(w.queries + 2 * w.keys)
         return found if self.path.fused_attention else found - self._casts() * self.bin.rows * w.queries * 4
 
     def layer_forward(self) -> int:
@@ -220,7 +222,10 @@ class Pass:
         """The larger of a layer at the end of the forward pass and the head."""
         inputs = self._kept_by_layers() if gradient else self.layer_input()
         layer = {"layer inputs": inputs, "one layer": self.layer_forward()}
-        head = {"layer inputs": self._kept_by_layers()} if gradient else {}
+        head = {}
+        if gradient:  # the one that comes back from the host does so when the head is done
+            coming = self.layer_input() if self.offloads and self.facts.widths.layers > 1 else 0
+            head = {"layer inputs": self._kept_by_layers() - coming}
         return self._larger(layer, head | self.head(gradient=gradient))
 
     def backward(self, *, earlier_bins: bool) -> Parts:

@@ -374,6 +374,8 @@ def test_auto_kv_cache_is_what_is_left_and_no_more_than_is_used():
     assert auto_kv_cache(vllm(), hf, free) == int(free * 0.95) - working
     own = auto_kv_cache(vllm(share_weights=False), hf, 12 * GIB)
     assert own == int(12 * GIB * 0.95) - working - weight_bytes(facts, vllm())
+    full = vllm().model_copy(update={"adapter": None})  # its base is trained, so the engine has its own
+    assert auto_kv_cache(full, hf, 12 * GIB) == own
     assert auto_kv_cache(vllm(), hf, 80 * GIB) == int(1.05 * 64 * 2048 * 112 * 1024)
     with pytest.raises(InputError, match=r"rollout.kv_cache is auto: the cache of one sequence takes 0.22 GiB"):
         auto_kv_cache(vllm(), hf, working)
@@ -461,6 +463,7 @@ def test_savings_are_what_planning_again_gives():
         ("llama-3.1-8b", "24GB", {"max_sequences": 2}),
         ("llama-3.1-8b", "24GB", {}),
         ("llama-3.1-8b", "12GB", {}),
+        ("llama-3.1-8b", "9GB", {"max_completion_length": 65_536}),
         ("qwen2.5-0.5b", "4GB", {"max_completion_length": 65_536}),
     ],
 )
