@@ -1,6 +1,8 @@
 """Arguments, range and tier of a reward in a configuration, and the prefill that a reward is given."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -192,3 +194,12 @@ def test_format_rewards_with_a_prefilled_template():
     rollouts.prompts[0].example["prompt"] = [{"role": "user", "content": "hi"}]
     rewards = load_rewards([strict], None, COLUMNS, prefill="<think>\n")
     assert score(rollouts, rewards, step=1, max_steps=9).parts["think_answer_format"] == [[1.0]]
+
+
+def test_the_block_in_the_readme_loads():
+    (text,) = re.findall(r"```yml\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+    config = GRPOConfig(**yaml.safe_load(text.replace("tier: confined", "tier: process")))
+    specs = [RewardSpec(**entry.model_dump()) for entry in config.rewards.functions]
+    code, overlong, form = load_rewards(specs, None, ["prompt", "tests"])
+    assert code.function.limits.timeout_s == 2 and code.range == (0.0, 1.0)
+    assert overlong.function("…", [5] * 4096) == -1.0 and form.function("hm</think>72") == 1.0
