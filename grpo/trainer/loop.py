@@ -117,7 +117,15 @@ class GRPOTrainer(BaseTrainer):
 
         def run(batches: list[TokenBatch]) -> tuple[StepResult, RolloutBuffer]:
             buffer = replace(collected, batches=batches)
-            return update(self.policy, self.optimizer, self.schedule, self.config, self.loss_knobs, buffer)
+            return update(
+                self.policy,
+                self.optimizer,
+                self.schedule,
+                self.config,
+                self.loss_knobs,
+                buffer,
+                phase=self.ledger.phase,
+            )
 
         with self.phase("update"):
             result, buffer = self._within_memory(collected.batches, run)
