@@ -98,7 +98,7 @@ class Trial:
             for other in (first[one], reversed_[one]):
                 if isinstance(other, NoAnswer):
                     self.values[one] = other
-                elif other != value and not isinstance(value, NoAnswer) and not isinstance(other, Untried):
+                elif other != value and not isinstance(other, Untried):
                     self.changed.setdefault(one, (value, other))
 
     def _scored(self, batch: Sequence[Try]) -> list[tuple[Try, Value]]:

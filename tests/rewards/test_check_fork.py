@@ -195,9 +195,9 @@ def test_a_copy_that_ends(action, text):
 
 def test_a_copy_dies_with_its_original():
     code = (
-        "import os, time\nfrom rewards.check_fork import Fork\n"
-        "fork = Fork(lambda r: os.getpid(), 60.0)\nprint(fork(0), flush=True)\n"
-        "fork.call = None\nos.kill(os.getpid(), 9)\n"
+        "import os, threading, time\nfrom rewards.check_fork import Fork\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()\n"  # in the middle of a call
+        "Fork(lambda r: (print(os.getpid(), flush=True), time.sleep(60)), 60.0)(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -9 and until_dead(int(done.stdout))
