@@ -274,6 +274,35 @@ def test_cards_that_cannot_be():
             Card(torch.device("cuda"), 9000 * 10**9)
 
 
+@pytest.mark.gpu
+def test_a_cap_is_felt_and_taken_off_again():
+    card = Card(torch.device("cuda"), 10**9)
+    with card:
+        assert card.capacity_gib == 1e9 / 2**30
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1_100_000_000, dtype=torch.uint8, device="cuda")
+        card.clean()
+        held = torch.zeros(600_000_000, dtype=torch.uint8, device="cuda")
+        assert 0.55 < card.peaks()["peak_gib"] <= card.peaks()["reserved_gib"] < 1e9 / 2**30
+        del held
+    card.clean()
+    torch.empty(1_100_000_000, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.gpu
+def test_the_longest_on_a_small_card():
+    """Half a GB: what passed stays within it, and a little more does not fit."""
+    case = Case("gpu", "toy", 1, 64, 64, rank=4, four_bit=True)
+    card = Card(torch.device("cuda"), 500_000_000)
+    ways = [WAYS[0], WAYS[2]]
+    for entry in find_longest(case, ways, card, budget_s=240, probes=(16_384, 32_768)):
+        assert entry["longest"] < entry["fails_at"], entry
+        best = next(row for row in entry["rows"] if row["tokens"] == entry["longest"])
+        assert best["reserved_gib"] <= 500_000_000 / 2**30
+        if entry["method"] == WAYS[2].name:
+            assert best["pinned_gib"] == pytest.approx(2 * best["tokens"] * 64 * 2 / 2**30, rel=0.05)
+
+
 def test_mixtures_are_not_quantised():
     class Mixture(torch.nn.Module):
         class config:  # noqa: N801
