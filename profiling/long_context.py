@@ -40,7 +40,7 @@ from profiling.measure import device_slug, environment, origin, write_between, w
 
 HERE = Path(__file__).parent
 ERROR_LENGTH = 4096
-SAME = ("shape", "training", "rank", "card_gb", "allocator")  # a search of these replaces an older one
+SAME = ("shape", "training", "rank", "card_gb", "allocator")  # what a picture has in one row
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -78,7 +78,7 @@ def plot(data: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    searches = data["searches"]
+    searches = merged(data["searches"])
     figure, panels = pyplot.subplots(
         len(searches), 2, figsize=(12, 4.2 * len(searches)), squeeze=False, layout="constrained"
     )
@@ -102,6 +102,15 @@ def plot(data: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
+
+
+def merged(searches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Searches of one setting, made by several commands, as one."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in searches:
+        first = found.setdefault(_setting(entry), entry | {"methods": []})
+        first["methods"] = [*first["methods"], *entry["methods"]]
+    return list(found.values())
 
 
 def _limit(entry: dict[str, Any]) -> float:
@@ -154,6 +163,22 @@ def run(given: argparse.Namespace, case: Case, card: Card) -> Iterator[dict[str,
         yield entry
 
 
+def remaining(others: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Earlier searches without the methods that `entry` has measured anew."""
+    again = {method["method"] for method in entry["methods"]}
+    found = []
+    for old in others:
+        if _setting(old) == _setting(entry):
+            old = old | {"methods": [method for method in old["methods"] if method["method"] not in again]}
+        if old["methods"]:
+            found.append(old)
+    return found
+
+
+def _setting(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[key] for key in SAME)
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -202,8 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         case, card = _case(given), Card(torch.device(given.device), parse_bytes(given.gpu) if given.gpu else None)
         others = json.loads(out.read_text())["searches"] if given.update and out.exists() else []
         for entry in run(given, case, card):
-            kept = [old for old in others if any(old[key] != entry[key] for key in SAME)]
-            write_json(out, {"searches": [*kept, entry]})
+            write_json(out, {"searches": [*remaining(others, entry), entry]})
     except (InputError, ValueError) as error:
         sys.exit(f"profiling.long_context: {error}")
     print(table({"searches": [entry]}))

@@ -74,6 +74,18 @@ def test_the_readme_has_what_the_json_says(tmp_path):
     assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text and "81,664" in text
 
 
+def test_methods_measured_by_several_commands_stand_together():
+    first, second, other = made_up(), made_up(), made_up() | {"card_gb": 80.0}
+    second["methods"] = [{**second["methods"][0], "longest": 1}]
+    kept = long_context.remaining([first, other], second)
+    assert [[m["method"] for m in entry["methods"]] for entry in kept] == [["b", "TRL"], ["ours, offload", "b", "TRL"]]
+    assert long_context.remaining([second], second) == []
+    (one, eighty) = long_context.merged([*kept, second])
+    assert [m["method"] for m in one["methods"]] == ["b", "TRL", "ours, offload"] and one["methods"][2]["longest"] == 1
+    assert eighty["card_gb"] == 80.0 and len(eighty["methods"]) == 3
+    assert len(first["methods"]) == 3  # left as it was
+
+
 def test_the_picture_shows_every_length(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     drawn = []
