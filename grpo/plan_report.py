@@ -19,6 +19,7 @@ from grpo.planner import SLACK, Plan, Planner, longest_document
 from grpo.sizes import GIB, format_bytes
 
 WIDTH = 100
+_TOGETHER = "\N{NO-BREAK SPACE}"  # a name and its size stay on one line
 _WORTH_NAMING = 0.01  # of a phase's bytes
 _MOST_KNOBS = 4  # in one change that is proposed
 _SHORTEST = 64  # tokens of a completion that is worth proposing
@@ -96,12 +97,14 @@ def _knob(section: str, name: str, value: Any) -> Knob:
 
 def savings(planner: Planner, plan: Plan) -> list[Saving]:
     """What each knob alone takes off the peak, the largest saving first; knobs that save nothing are left out."""
-    candidates = list(knobs(plan.config))
-    if isinstance(plan.config, GRPOConfig) and plan.config.rollout.max_completion_length > 1:
-        candidates.append(_shorter(plan.config, plan.config.rollout.max_completion_length // 2))
+    # With `auto` the bins would grow into whatever a knob frees.
+    config = _knob("update", "max_tokens_per_batch", plan.tokens_per_bin).applied(plan.config)
+    candidates = list(knobs(config))
+    if isinstance(config, GRPOConfig) and config.rollout.max_completion_length > 1:
+        candidates.append(_shorter(config, config.rollout.max_completion_length // 2))
     best: dict[tuple[str | None, ...], Saving] = {}  # of several values the least change that saves most
     for knob in candidates:
-        saved = plan.peak.bytes - planner.plan(knob.applied(plan.config)).peak.bytes
+        saved = plan.peak.bytes - planner.plan(knob.applied(config)).peak.bytes
         if saved > 0 and (_key(knob) not in best or saved > best[_key(knob)].bytes):
             best[_key(knob)] = Saving(knob, saved)
     return sorted(best.values(), key=lambda saving: -saving.bytes)
@@ -248,9 +251,10 @@ def _phase_lines(name: str, total: int, parts: Mapping[str, int], width: int, *,
     named = [(part, size) for part, size in ordered if size >= _WORTH_NAMING * total]
     if rest := total - sum(size for _, size in named):
         named.append(("rest", rest))
-    text = ", ".join(f"{part} {format_bytes(size)}" for part, size in named)
+    text = ", ".join(f"{part} {format_bytes(size)}".replace(" ", _TOGETHER) for part, size in named)
     start = f"{name:<{width}}  {format_bytes(total):>10}{'*' if marked else ' '} "
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+    wrapped = textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+    return [line.replace(_TOGETHER, " ") for line in wrapped]
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

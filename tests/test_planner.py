@@ -457,6 +457,15 @@ def test_savings_are_what_planning_again_gives():
     assert min(by_name.values()) > 0
 
 
+def test_savings_of_auto_bins_are_those_of_bins_of_that_size():
+    planner = Planner(model_config("qwen3-1.7b"), "48GB")
+    auto = planner.plan(long_run(max_sequences=2, max_tokens_per_batch="auto"))
+    fixed = planner.plan(long_run(max_sequences=2, max_tokens_per_batch=auto.tokens_per_bin))
+    assert auto.peak.name == "backward" and auto.tokens_per_bin > 16_384
+    found = [[(saving.knob.text, saving.bytes) for saving in savings(planner, p)] for p in (auto, fixed)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("shape", "gpu", "values"),
     [
@@ -517,3 +526,16 @@ def test_the_summary_and_the_comparison():
     assert compare_line(found, row) == f"update: planned {planned:.2f} GiB, measured {planned * 0.97:.2f} GiB (−3 %)"
     assert compare_line(found, {"phase/update/peak_gib": 1.0}) is None  # memory of the process, not of a GPU
     assert documents_per_step(run) == 32
+
+
+def test_the_scratch_of_packed_weights_is_the_kernels_own():
+    pytest.importorskip("bitsandbytes")
+    from grpo.bench_models import quantise, random_model
+    from grpo.kernels.nf4 import SCRATCH
+
+    run = config({"r": 4}, model={"load_in_4bit": True})
+    SCRATCH.release()
+    Policy(add_adapter(quantise(random_model("toy", "cpu", torch.bfloat16)), run.adapter))  # its probes run every layer
+    held = SCRATCH.num_bytes
+    SCRATCH.release()
+    assert held == resident_parts(facts_of(model_config("toy"), run), run)["NF4 scratch"] > 0
