@@ -97,6 +97,7 @@ def plot(data: dict[str, Any], out: Path) -> None:
         for axis in (memory, speed):
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.set_xlim(0, None)
+            axis.locator_params(axis="x", nbins=5)
             axis.grid(alpha=0.3)
         memory.legend(fontsize=8, loc="best")
     out.parent.mkdir(parents=True, exist_ok=True)
