@@ -19,9 +19,6 @@ from grpo.reward_prefill import prefill_of
 from grpo.scoring import Reward, RewardSpec, close_pools, load_rewards
 from grpo.seeds import permutation
 
-TRAINING_GIVES_PREFILL = False
-"""Whether a run hands `load_rewards` the template's prefill. Until it does (trainer/build.py), a reward has it from
-`arguments: {prefill: …}`, and one that has not is reported as it would score."""
 BANDS = 8
 """Bars of the histogram between the groups that are all wrong and those that are all right."""
 
@@ -62,7 +59,7 @@ def check_rewards(config: GRPOConfig, options: CheckOptions = CheckOptions()) ->
     rows = sampled_rows(config, options.samples)
     tokenizer = _tokenizer(config)
     prefill = prefill_of(tokenizer, rows[0]["prompt"])
-    loaded = _loaded(config, rows, prefill if TRAINING_GIVES_PREFILL else None)
+    loaded = _loaded(config, rows, prefill)
     if options.maximum is None:
         given["maximum"] = {reward.name: reward.range[1] for reward in loaded if reward.range is not None}
     try:
@@ -73,7 +70,6 @@ def check_rewards(config: GRPOConfig, options: CheckOptions = CheckOptions()) ->
             names=[reward.name for reward in loaded],
             in_process=[reward.name for reward in loaded if reward.where == "gpu"],
             prefill=prefill,
-            without=() if TRAINING_GIVES_PREFILL else ("prefill",),
             tokenize=None if tokenizer is None else lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             **given,
         )

@@ -10,7 +10,6 @@ Left out: mixtures of experts and layers of another form than Llama's (their wor
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from torch import nn
 
 from grpo.config import AdapterConfig, ModelConfig, RunConfig
-from grpo.errors import InputError, clip
+from grpo.errors import InputError
 from grpo.model.adapter import add_adapter, base_of
+from grpo.model.load import meta_model
 from grpo.model.policy import checkpointable_layers
 from grpo.optim import state_bytes
 
@@ -103,22 +103,6 @@ class Facts:
         if key not in self._found:
             self._found[key] = read_facts(self.hf_config, config.model, config.adapter)
         return self._found[key]
-
-
-def meta_model(hf_config: Any, config: ModelConfig) -> nn.Module:
-    """The causal LM of a configuration without memory behind its weights. Raises `InputError` where there is none."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        try:
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(hf_config),
-                dtype=getattr(torch, config.dtype),
-                trust_remote_code=config.trust_remote_code,
-                attn_implementation="eager",  # always there; nothing is computed
-            )
-        except ValueError as error:
-            raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
 
 
 def read_facts(hf_config: Any, config: ModelConfig, adapter: AdapterConfig | None) -> ModelFacts:

@@ -20,7 +20,7 @@ from grpo.plan_parts import ModelFacts, Parts, weight_bytes
 from grpo.plan_update import Bin, Pass, Path
 from grpo.sizes import format_bytes, parse_bytes
 
-BATCHED_TOKENS = 16_384  # of one scheduler step of vLLM, its default on a large GPU
+BATCHED_TOKENS = 8192  # of one scheduler step of vLLM: what the engine is started with
 _GRAPHS = int(1.4 * 2**30)  # CUDA graphs and compiled kernels: measured, Qwen3-1.7B shape, LoRA, 512 sequences
 _EAGER = int(0.5 * 2**30)
 _KV_MARGIN = 1.05  # blocks that are not full

@@ -4,7 +4,7 @@ T rows, e bytes an element, H hidden, Q and K widths of queries and of keys (val
 V vocabulary, a bytes of an adapter's element. With activation checkpointing, fused, LoRA (model/surgery.py):
     one layer recomputed   n₁ H, q k v Q + 2K (before head norms also Q + K), attention out Q, h H, n₂ H, e g 2I
     backward of its MLP    + dY H, + dh I (tiled: 3I of one slice and dX H)
-    backward of attention  dY H, n₁, q k v, out, d_out Q, dq dk dv Q + 2K, and the kernel's own memory (`_KERNEL`)
+    backward of attention  dY H, n₁, q k v, out, d_out Q, dq dk dv Q + 2K, and the kernel's own memory (`head_groups`)
     layer inputs           recompute: L·H;  offload: the last layer's, the next one on its way back, and the two whose
                            copies are not yet known to be over (model/offload.py: `_sources`), H each
     log-prob head          final norm's input H, hidden H, u H, and the tile (kernels/logprobs_tiles.py)
@@ -20,14 +20,11 @@ from dataclasses import dataclass
 
 from grpo.config import RunConfig
 from grpo.kernels.logprobs_tiles import tile_shape
-from grpo.model.attention import CUDNN_FROM, CUDNN_MAX_HEAD_DIM, CUDNN_MULTIPLE
+from grpo.model.attention import CUDNN_FROM, CUDNN_MAX_HEAD_DIM, CUDNN_MULTIPLE, KERNEL_MEMORY, head_groups
 from grpo.model.host_arena import ALIGNMENT
 from grpo.model.offload import MIN_BYTES
 from grpo.plan_parts import ModelFacts, Parts, gradient_bytes, trained_element
 
-# Of the attention kernel's backward pass, in T·Q·e: dQ in float32, dK and dV of every query head, a copy of d_out.
-# Deduced from a measured peak (8B, tiled MLP: 2.675 GiB less what is counted here), not documented.
-_KERNEL = 5
 _PER_TOKEN = 64 + 20 * 4  # ids, positions, index, advantages and the like; the objective's float32 vectors
 _UNKNOWN_LAYER = 34  # bytes per token and width of a layer of unknown form (Korthikanti et al. 2022, equation 2)
 
@@ -151,7 +148,9 @@ class Pass:
         if not w.known:
             return 0
         element = self.facts.element
-        kernel = int(_KERNEL * self._longest_call() * w.queries * element)
+        rows = self._longest_call()
+        turns = head_groups(rows, w.queries * element, w.num_key_heads) if self._calls()[1] else 1
+        kernel = KERNEL_MEMORY * rows * w.queries * element // turns
         found = self.of_width(2 * w.queries + 2 * w.keys) + kernel
         if self._calls()[1]:  # gradients of q, k, v of each call, and put together
             found += self.of_width(w.queries + 2 * w.keys)

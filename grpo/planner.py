@@ -30,6 +30,7 @@ from grpo.plan_parts import (
     optimizer_bytes,
     optimizer_scratch,
     resident_parts,
+    weight_bytes,
 )
 from grpo.plan_rollout import (
     Sequences,
@@ -157,6 +158,9 @@ class Planner:
         if isinstance(config, GRPOConfig) and config.rollout.engine == "hf":
             notes.append("rollout: the hf engine halves max_sequences by itself where memory runs out")
         host = {"layer inputs": one.host_bytes()} if one.host_bytes() else {}
+        if facts.adapted and isinstance(config, GRPOConfig) and config.rollout.engine == "vllm":
+            asleep = engine_weights(config, facts)  # where they are not shared; of full fine-tuning they are dropped
+            host |= {"engine weights": asleep} if asleep else {}
         return Plan(phases, host, self.gpu, available_host_bytes(), tokens, longest, tuple(notes), config)
 
     def update(self, config: RunConfig, lengths: tuple[int, ...], *, several_bins: bool) -> list[Phase]:
@@ -210,8 +214,6 @@ class Planner:
         parts = resident_parts(facts, config)
         if isinstance(config, GRPOConfig) and config.rollout.engine == "vllm":
             parts["engine"] = engine_working_set(config, facts)
-            if own := engine_weights(config, facts):
-                parts["engine weights"] = own
         return parts
 
     def _phases(self, config: RunConfig, facts: ModelFacts, resident: Parts, bin_: Bin) -> tuple[Phase, ...]:
@@ -249,14 +251,15 @@ class Planner:
             return hf_parts(facts, Path.of(config, facts), per_token, Sequences.of(config))
         if config.rollout.engine == "server":
             return {}
+        own = {"engine weights": size} if (size := engine_weights(config, facts)) else {}  # they leave when it sleeps
         if self.gpu is None:
-            return {"KV cache": usable_kv_cache(config, per_token)}
+            return own | {"KV cache": usable_kv_cache(config, per_token)}
         beside = sum(size for name, size in held.items() if not name.startswith("engine"))
         room = max(0, int(((self.gpu - CUDA_CONTEXT) / (1 + SLACK) - beside) / (1 - SLACK)))
         try:
-            return {"KV cache": kv_cache_of(config, facts, per_token, room, self.gpu)}
+            return own | {"KV cache": kv_cache_of(config, facts, per_token, room, self.gpu)}
         except InputError:  # it does not fit, and the verdict says so
-            return {"KV cache": longest_document(config) * per_token}
+            return own | {"KV cache": longest_document(config) * per_token}
 
 
 # --- what `auto` means -----------------------------------------------------------------------------------------------
@@ -274,18 +277,23 @@ def auto_tokens_per_batch(config: RunConfig, hf_config: Any, free_bytes: int | N
     return Planner(hf_config, 1).largest_bin(config, free_bytes)
 
 
-def auto_kv_cache(config: GRPOConfig, hf_config: Any, free_bytes: int) -> int:
+def auto_kv_cache(config: GRPOConfig, hf_config: Any, free_bytes: int, *, model_loaded: bool = False) -> int:
     """Bytes of vLLM's KV cache for `rollout.kv_cache: auto`, with `free_bytes` on the GPU before the engine is made:
 
-        min(0.95 · free − engine weights (0 if shared) − engine working set, 1.05 · max_sequences · (P + R) · per token)
+        min(0.95 · (free − trainer) − engine weights (0 if shared) − engine working set,
+            1.05 · max_sequences · (P + R) · per token)
+
+    trainer: weights (0 if `model_loaded`: free memory lacks them already), adapter, optimizer state, reference copy.
 
     Raises:
         InputError: that is less than one sequence takes.
     """
     facts = Facts(hf_config).of(config)
+    trainer = sum(resident_parts(facts, config).values()) + optimizer_bytes(facts, config)
+    free = free_bytes - trainer + (weight_bytes(facts, config) if model_loaded else 0)
     chosen = config.rollout.model_copy(update={"kv_cache": "auto"})
     per_token = kv_bytes_per_token(hf_config, config.model.dtype)
-    return kv_cache_of(config.model_copy(update={"rollout": chosen}), facts, per_token, free_bytes, None)
+    return kv_cache_of(config.model_copy(update={"rollout": chosen}), facts, per_token, free, None)
 
 
 def longest_document(config: RunConfig) -> int:

@@ -2,6 +2,7 @@
 
 That makes sampling independent of batch order and of restarts: the noise of token t of one completion is
 f(run seed, step, prompt, generation, t). Keys come from SHA-256, counters through SplitMix64 (Steele et al. 2014).
+torch is imported where it is used: worker processes of rewards come here for seeds alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -49,6 +51,8 @@ def permutation(size: int, seed: int, epoch: int) -> list[int]:
 
 def generators() -> dict[str, Tensor]:
     """States of torch (CPU and every CUDA device), numpy and `random`, as tensors."""
+    import torch
+
     version, internal, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = legacy
@@ -67,6 +71,8 @@ def generators() -> dict[str, Tensor]:
 
 def restore_generators(states: Mapping[str, Tensor]) -> None:
     """Put back what `generators` returned."""
+    import torch
+
     torch.set_rng_state(states["torch"].cpu())
     version, *internal = states["random"].tolist()
     gauss = states["random_gauss"].tolist()

@@ -253,7 +253,8 @@ def test_memory_knobs_that_go_together():
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"use_vllm": True}, "use_vllm is True"),
+        ({"use_vllm": True, "vllm_mode": "remote"}, "vllm_mode is 'remote' (want colocate or server)"),
+        ({"vllm_gpu_memory_utilization": 0.3}, "vllm_gpu_memory_utilization is 0.3 (use rollout.kv_cache"),
         ({"steps_per_generation": 4}, "steps_per_generation is 4"),
         ({"num_train_epochs": 3}, "num_train_epochs is 3 (use max_steps)"),
         ({"per_device_train_batch_size": 3}, "is 3 completions (want a multiple of num_generations = 8)"),

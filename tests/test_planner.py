@@ -369,16 +369,21 @@ def vllm(**values):
 def test_auto_kv_cache_is_what_is_left_and_no_more_than_is_used():
     hf = model_config("qwen3-1.7b")
     facts = facts_of(hf, vllm())
-    working = 64 * 151_936 * 16 + 16_384 * (4 * 2048 + 2 * 2048 + 2 * 6144) * 2 + int(1.4 * GIB)
-    free = 6 * GIB
-    assert auto_kv_cache(vllm(), hf, free) == int(free * 0.95) - working
-    own = auto_kv_cache(vllm(share_weights=False), hf, 12 * GIB)
-    assert own == int(12 * GIB * 0.95) - working - weight_bytes(facts, vllm())
+    working = 64 * 151_936 * 16 + 8192 * (4 * 2048 + 2 * 2048 + 2 * 6144) * 2 + int(1.4 * GIB)
+    weights = weight_bytes(facts, vllm())
+    trainer = sum(resident_parts(facts, vllm()).values()) + optimizer_bytes(facts, vllm())
+    free = 9 * GIB
+    assert auto_kv_cache(vllm(), hf, free) == int((free - trainer) * 0.95) - working
+    assert auto_kv_cache(vllm(), hf, free - weights, model_loaded=True) == auto_kv_cache(vllm(), hf, free)
+    own = auto_kv_cache(vllm(share_weights=False), hf, 14 * GIB)
+    assert own == int((14 * GIB - trainer) * 0.95) - working - weights
     full = vllm().model_copy(update={"adapter": None})  # its base is trained, so the engine has its own
-    assert auto_kv_cache(full, hf, 12 * GIB) == own
+    every = facts_of(hf, full)
+    trained = sum(resident_parts(every, full).values()) + optimizer_bytes(every, full)
+    assert auto_kv_cache(full, hf, 24 * GIB) == int((24 * GIB - trained) * 0.95) - working - weights
     assert auto_kv_cache(vllm(), hf, 80 * GIB) == int(1.05 * 64 * 2048 * 112 * 1024)
     with pytest.raises(InputError, match=r"rollout.kv_cache is auto: the cache of one sequence takes 0.22 GiB"):
-        auto_kv_cache(vllm(), hf, working)
+        auto_kv_cache(vllm(), hf, working + trainer)
     assert kv_cache_of(vllm(kv_cache="5GB"), facts, 1, 0, None) == 5 * 10**9
     assert kv_cache_of(vllm(kv_cache=0.25), facts, 1, 0, 80 * GIB) == 20 * GIB
 

@@ -5,6 +5,7 @@ Left out: architecture-specific code. A causal LM is what `AutoModelForCausalLM`
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,12 +80,20 @@ def load_model_config(config: ModelConfig) -> Any:
         raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
 
 
-def meta_model(hf_config: Any) -> nn.Module:
-    """The architecture alone: names and shapes on the meta device, no weights."""
+def meta_model(hf_config: Any, config: ModelConfig) -> nn.Module:
+    """The causal LM of a configuration without memory behind its weights. Raises `InputError` where there is none."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+        try:
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config),
+                dtype=getattr(torch, config.dtype),
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation="eager",  # always there; nothing is computed
+            )
+        except ValueError as error:
+            raise InputError(f"model.name_or_path is {clip(config.name_or_path)!r}: {clip(error, 200)}") from error
 
 
 def load_model(config: ModelConfig) -> nn.Module:

@@ -29,6 +29,7 @@ from grpo.batch import Prompt, Rollouts
 from grpo.errors import InputError, RunError, clip
 from grpo.model.adapter import adapter_modules
 from grpo.model.policy import Policy
+from grpo.plan_rollout import BATCHED_TOKENS
 from grpo.rollout.completions import to_completions
 from grpo.rollout.engine import Phase, Sampling, SyncReport, unbilled
 from grpo.rollout.probe import WeightProbe
@@ -46,7 +47,6 @@ from grpo.sizes import format_bytes
 
 TESTED = "0.26.0"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # an engine's adapter slots have one of these
-_PREFILL_TOKENS = 8192  # a scheduler step computes at most; its activations are part of the working set
 _NO_PATH = "/nonexistent/leangrpo-adapter"  # adapters are set in memory: being asked for a path must fail loudly
 
 
@@ -320,7 +320,7 @@ def _start(options: VLLMOptions) -> Any:
         "generation_config": "vllm",
         "max_model_len": options.max_length,
         "max_num_seqs": options.max_sequences,
-        "max_num_batched_tokens": max(_PREFILL_TOKENS, options.max_sequences),
+        "max_num_batched_tokens": max(BATCHED_TOKENS, options.max_sequences),
         "logprobs_mode": "processed_logprobs",
         "enable_sleep_mode": True,
         "enable_prefix_caching": True,

@@ -26,6 +26,7 @@ from grpo.model.load import (
     stop_token_ids,
 )
 from grpo.model.policy import Policy
+from grpo.reward_prefill import prefill_of
 from grpo.rollout.engine import RolloutEngine
 from grpo.scoring import Reward, RewardSpec, check_columns, load_rewards
 from grpo.seeds import seed_for
@@ -71,7 +72,7 @@ def build_parts(
         eval_table = load_table(evaluation if evaluation is not None else config.data.eval, "data.eval", "test")
         eval_prompts, eval_notes = build_prompts(eval_table, tokenizer, config.data, field="data.eval", room=room)
         notes += eval_notes
-    rewards = _rewards(config, reward_funcs, set(prompts[0].example))
+    rewards = _rewards(config, reward_funcs, prompts[0], tokenizer)
     if eval_prompts:
         check_columns(rewards, set(eval_prompts[0].example), "data.eval")
     for line in notes:
@@ -184,7 +185,7 @@ def _room(config: GRPOConfig, model: Any) -> int | None:
     return room
 
 
-def _rewards(config: GRPOConfig, reward_funcs: Any, columns: set[str]) -> list[Reward]:
+def _rewards(config: GRPOConfig, reward_funcs: Any, first: Prompt, tokenizer: Any) -> list[Reward]:
     if reward_funcs is None:
         functions: Sequence[Any] = [RewardSpec(**entry.model_dump()) for entry in config.rewards.functions]
         weights: list[float] | None = None
@@ -193,4 +194,5 @@ def _rewards(config: GRPOConfig, reward_funcs: Any, columns: set[str]) -> list[R
         weights = config.rewards.weights
     if not functions:
         raise InputError("rewards is empty (want at least one function: `rewards: [{function: module:name}]`)")
-    return load_rewards(functions, weights, columns, config.rewards.timeout)
+    prefill = prefill_of(tokenizer, first.example["prompt"])
+    return load_rewards(functions, weights, set(first.example), config.rewards.timeout, prefill)

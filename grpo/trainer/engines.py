@@ -97,7 +97,10 @@ def _vllm(
     if reason and wanted is True:
         raise InputError(f"rollout.share_weights is true (want auto: {reason})")
     options = replace(
-        _options(config, source), adapter_rank=rank, adapter_targets=targets, share_weights=bool(wanted) and not reason
+        _options(config, source, _hf_config(config, model), _on_gpu(model)),
+        adapter_rank=rank,
+        adapter_targets=targets,
+        share_weights=bool(wanted) and not reason,
     )
     if model is not None:
         options = replace(options, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
@@ -121,15 +124,23 @@ def _vllm(
     return engine, make_policy(model if model is not None else base)
 
 
-def _options(config: GRPOConfig, source: str) -> VLLMOptions:
+def _hf_config(config: GRPOConfig, model: Any) -> Any:
+    return model.config if model is not None else load_model_config(config.model)
+
+
+def _on_gpu(model: nn.Module | None) -> bool:
+    return model is not None and next(model.parameters()).is_cuda
+
+
+def _options(config: GRPOConfig, source: str, hf_config: Any, loaded: bool) -> VLLMOptions:
     from grpo.rollout.vllm_engine import VLLMOptions
 
     return VLLMOptions(
         source=source,
         dtype=config.model.dtype,
-        max_length=_longest(config),
+        max_length=_longest(config, hf_config),
         max_sequences=config.rollout.max_sequences,
-        kv_cache_bytes=_kv_cache_bytes(config),
+        kv_cache_bytes=_kv_cache_bytes(config, hf_config, loaded),
         load_in_4bit=config.model.load_in_4bit,
         cuda_graphs=config.rollout.cuda_graphs,
         revision=config.model.revision,
@@ -149,7 +160,7 @@ def _adapter_form(config: GRPOConfig, model: nn.Module | None, adapter: Any) -> 
         return None, ()
     else:
         # Names and shapes alone: the engine is built before the weights are loaded.
-        adapted = add_adapter(meta_model(load_model_config(config.model)), adapter)
+        adapted = add_adapter(meta_model(_hf_config(config, model), config.model), adapter)
     modules = adapter_modules(base_of(adapted))
     return max(parts.a.shape[0] for parts in modules.values()), tuple(
         sorted({path.rpartition(".")[2] for path in modules})
@@ -178,19 +189,19 @@ def _unshareable(config: GRPOConfig, rank: int | None) -> str | None:
     return None
 
 
-def _longest(config: GRPOConfig) -> int:
+def _longest(config: GRPOConfig, hf_config: Any) -> int:
     """Tokens of the longest prompt and completion together, at most what the architecture states."""
     wanted = config.data.max_prompt_length + config.rollout.max_completion_length
-    return min(wanted, context_length(load_model_config(config.model)) or wanted)
+    return min(wanted, context_length(hf_config) or wanted)
 
 
-def _kv_cache_bytes(config: GRPOConfig) -> int:
+def _kv_cache_bytes(config: GRPOConfig, hf_config: Any, loaded: bool) -> int:
     free, total = torch.cuda.mem_get_info()
     asked = config.rollout.kv_cache
     if asked == "auto":
         from grpo.planner import auto_kv_cache
 
-        return auto_kv_cache(config, load_model_config(config.model), free)
+        return auto_kv_cache(config, hf_config, free, model_loaded=loaded)
     if isinstance(asked, float) and asked < 1:
         return int(asked * total)
     return parse_bytes(asked)
