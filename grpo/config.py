@@ -481,6 +481,10 @@ def _engine_contradictions(config: GRPOConfig) -> list[str]:
         )
     if rollout.engine != "hf" and config.adapter is not None and config.adapter.r > MAX_ENGINE_RANK:
         problems.append(f"adapter.r is {config.adapter.r} (want at most {MAX_ENGINE_RANK}: vLLM serves no larger one)")
+    temperatures = {"rollout": rollout.temperature, "evaluation": config.evaluation.temperature}
+    for section, value in temperatures.items():
+        if rollout.engine != "hf" and value != 0 and not 0.01 <= value <= 2:
+            problems.append(f"{section}.temperature is {value} (want 0.01 to 2 with vLLM, which changes smaller ones)")
     if rollout.engine == "vllm" and config.model.device.startswith("cpu"):
         problems.append('rollout.engine is "vllm" with model.device "cpu" (want hf, or a CUDA device)')
     if rollout.engine == "vllm" and rollout.share_weights is True and config.adapter is None:

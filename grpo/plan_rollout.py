@@ -103,7 +103,7 @@ def kv_cache_of(config: GRPOConfig, facts: ModelFacts, kv_per_token: int, free: 
         return int(asked * (total or 0))
     if asked != "auto":
         return parse_bytes(asked)
-    room = int(free * 0.95) - engine_weights(config, facts) - engine_working_set(config, facts)
+    room = cache_room(config, facts, free)
     one = (config.data.max_prompt_length + config.rollout.max_completion_length) * kv_per_token
     if room < one:
         short = format_bytes(one - room)
@@ -112,3 +112,8 @@ def kv_cache_of(config: GRPOConfig, facts: ModelFacts, kv_per_token: int, free: 
             "(want a smaller rollout.max_completion_length or max_sequences, or rollout.share_weights)"
         )
     return min(room, usable_kv_cache(config, kv_per_token))
+
+
+def cache_room(config: GRPOConfig, facts: ModelFacts, free: int) -> int:
+    """What the cache may take of `free` bytes beside the engine's weights and working set; 5 % stay for gaps."""
+    return int(free * 0.95) - engine_weights(config, facts) - engine_working_set(config, facts)

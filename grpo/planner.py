@@ -34,6 +34,7 @@ from grpo.plan_parts import (
 )
 from grpo.plan_rollout import (
     Sequences,
+    cache_room,
     engine_weights,
     engine_working_set,
     hf_parts,
@@ -289,11 +290,21 @@ def auto_kv_cache(config: GRPOConfig, hf_config: Any, free_bytes: int, *, model_
         InputError: that is less than one sequence takes.
     """
     facts = Facts(hf_config).of(config)
-    trainer = sum(resident_parts(facts, config).values()) + optimizer_bytes(facts, config)
-    free = free_bytes - trainer + (weight_bytes(facts, config) if model_loaded else 0)
+    free = _beside_trainer(config, facts, free_bytes, model_loaded)
     chosen = config.rollout.model_copy(update={"kv_cache": "auto"})
     per_token = kv_bytes_per_token(hf_config, config.model.dtype)
     return kv_cache_of(config.model_copy(update={"rollout": chosen}), facts, per_token, free, None)
+
+
+def kv_cache_room(config: GRPOConfig, hf_config: Any, free_bytes: int, *, model_loaded: bool = False) -> int:
+    """The largest cache that would fit, however much of it is used; 0 or less: none. Arguments as `auto_kv_cache`."""
+    facts = Facts(hf_config).of(config)
+    return cache_room(config, facts, _beside_trainer(config, facts, free_bytes, model_loaded))
+
+
+def _beside_trainer(config: GRPOConfig, facts: ModelFacts, free_bytes: int, model_loaded: bool) -> int:
+    trainer = sum(resident_parts(facts, config).values()) + optimizer_bytes(facts, config)
+    return free_bytes - trainer + (weight_bytes(facts, config) if model_loaded else 0)
 
 
 def longest_document(config: RunConfig) -> int:

@@ -42,7 +42,8 @@ def table(data: dict[str, Any]) -> str:
         if stock is not None:
             lines.append(f"| {name} | {PLAIN} |  |  |  |  |  | {stock:.1e} |")
     for entry in data["longest"]:
-        lines += ["", origin(entry["environment"]), ""]
+        note = f" ({entry['note']})" if "note" in entry else ""
+        lines += ["", origin(entry["environment"]) + note, ""]
         lines += ["| card GB | tokens | seconds | peak GiB | reserved GiB | pinned host GiB |", "|---" * 6 + "|"]
         lines += [
             f"| {r['card_gb']:g} | {r['tokens']:,} | {r.get('seconds', 'does not fit')} | {r.get('peak_gib', '')} "

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from grpo.config import GRPOConfig, SFTConfig, flat_names, known_paths
+from grpo.config import GRPOConfig, SFTConfig, flat_names, known_paths, objective_knobs
 from grpo.errors import InputError
 
 SKETCH = """
@@ -248,6 +248,37 @@ def test_memory_knobs_that_go_together():
     assert GRPOConfig(adapter=LORA, tiled_mlp=True, activation_checkpointing="offload").update.tiled_mlp
     assert GRPOConfig(share_prompts=True, fused_kernels=False).update.share_prompts
     assert GRPOConfig(optim="adamw_8bit", device="cpu").optimizer.name == "adamw_8bit"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"engine": "server", "adapter": LORA}, 'rollout.servers is empty beside rollout.engine "server"'),
+        ({"engine": "vllm", "servers": ["http://a:1"]}, "rollout.servers is given beside rollout.engine 'vllm'"),
+        ({"engine": "server", "servers": ["http://a:1"]}, "without an adapter section"),
+        ({"engine": "vllm", "device": "cpu"}, 'rollout.engine is "vllm" with model.device "cpu"'),
+        ({"engine": "vllm", "share_weights": True}, "rollout.share_weights is true without an adapter section"),
+        ({"engine": "vllm", "adapter": {"r": 513}}, "adapter.r is 513 (want at most 512"),
+        ({"engine": "vllm", "temperature": 0.001}, "rollout.temperature is 0.001 (want 0.01 to 2"),
+        ({"engine": "vllm", "temperature_eval": 2.5}, "evaluation.temperature is 2.5 (want 0.01 to 2"),
+        ({"kv_cache": "24XB"}, "rollout.kv_cache is '24XB' (want auto, a size like 24GB, or a share of the GPU"),
+        ({"kv_cache": 1.0}, "rollout.kv_cache is 1.0 (want auto, a size like 24GB, or a share of the GPU"),
+        ({"kv_cache": True}, "rollout.kv_cache is True"),
+    ],
+)
+def test_engines_refuse_what_they_cannot_do(values, line):
+    with pytest.raises(InputError) as error:
+        GRPOConfig(**values)
+    assert line in str(error.value)
+
+
+def test_engines_by_trls_names():
+    assert GRPOConfig(use_vllm=True).rollout.engine == "vllm"
+    assert GRPOConfig(use_vllm=False).rollout.engine == "hf"
+    config = GRPOConfig(use_vllm=True, vllm_mode="server", vllm_server_base_url="http://127.0.0.1:8000", adapter=LORA)
+    assert (config.rollout.engine, config.rollout.servers) == ("server", ["http://127.0.0.1:8000"])
+    assert objective_knobs(config)["sampler_correction"] == "truncate"
+    assert objective_knobs(GRPOConfig())["sampler_correction"] == "none"
 
 
 @pytest.mark.parametrize(

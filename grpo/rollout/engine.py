@@ -86,5 +86,8 @@ class RolloutEngine(Protocol):
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Teacher-forced log-probs at temperature 1 of every token but the first, for consistency probes."""
 
+    def release(self) -> None:
+        """The run is over: leave nothing behind elsewhere (adapters on servers). Sampling may go on after it."""
+
     def close(self) -> None:
         """Give everything back."""

@@ -59,6 +59,9 @@ class HFEngine:
         self.policy_version += 1
         return SyncReport(self.policy_version, 0, 0.0)
 
+    def release(self) -> None:
+        """Nothing is elsewhere."""
+
     def close(self) -> None:
         """Nothing is held."""
 

@@ -130,6 +130,10 @@ class ServerEngine:
         """Servers are always awake: their memory is not the trainer's."""
         yield
 
+    def release(self) -> None:
+        """As `close`; the next `load_weights` sends the adapter again."""
+        self.close()
+
     def close(self) -> None:
         """Take the adapter from the servers and from the disk. The servers run on."""
         adapter, self._adapter = self._adapter, None

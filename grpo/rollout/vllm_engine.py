@@ -55,7 +55,9 @@ class VLLMOptions:
     """What an engine is started with.
 
     `source` is a folder or hub id of full weights; `adapter_rank` None means full fine-tuning; `adapter_targets` are
-    the last parts of the adapted modules' names; `kv_cache_bytes` is the budget of the KV cache.
+    the last parts of the adapted modules' names; `kv_cache_bytes` is the budget of the KV cache and `kv_cache_room` the
+    largest that should fit (planner.py), named when the engine does not start. With `share_weights` sleep keeps the
+    weights on the GPU, for `share_base`.
     """
 
     source: str
@@ -65,6 +67,7 @@ class VLLMOptions:
     kv_cache_bytes: int
     adapter_rank: int | None = None
     adapter_targets: tuple[str, ...] = ()
+    kv_cache_room: int = 0
     share_weights: bool = False
     load_in_4bit: bool = False
     cuda_graphs: bool = True
@@ -203,6 +206,9 @@ class VLLMEngine:
     def memory(self) -> dict[str, int]:
         """Bytes the engine's pools hold on the device now, by tag ("weights", "kv_cache")."""
         return pool_bytes()
+
+    def release(self) -> None:
+        """Nothing is elsewhere."""
 
     def close(self) -> None:
         """End the engine. Shared weights stay valid: their storage belongs to whoever views it."""
@@ -349,8 +355,8 @@ def _start(options: VLLMOptions) -> Any:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(
             f"rollout.engine is 'vllm', which did not start with a KV cache of {format_bytes(options.kv_cache_bytes)} "
-            f"({format_bytes(free)} of {format_bytes(total)} were free; want a smaller rollout.kv_cache, "
-            f"rollout.max_sequences or model): {clip(error, 300)}"
+            f"({_free_memory()}, about {format_bytes(max(0, options.kv_cache_room))} of it for the cache; want less "
+            f"rollout.kv_cache or rollout.max_sequences): {clip(error, 300)}"
         ) from error
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -22,6 +22,7 @@ from grpo.errors import InputError
 from grpo.model.adapter import adapter_modules, add_adapter, base_of, is_adapted
 from grpo.model.load import base_source, context_length, load_model, load_model_config, meta_model, resolve_device
 from grpo.model.policy import Policy
+from grpo.planner import auto_kv_cache, kv_cache_room
 from grpo.rollout.engine import RolloutEngine
 from grpo.rollout.hf_engine import HFEngine
 from grpo.rollout.probe import WeightProbe
@@ -141,6 +142,7 @@ def _options(config: GRPOConfig, source: str, hf_config: Any, loaded: bool) -> V
         max_length=_longest(config, hf_config),
         max_sequences=config.rollout.max_sequences,
         kv_cache_bytes=_kv_cache_bytes(config, hf_config, loaded),
+        kv_cache_room=kv_cache_room(config, hf_config, torch.cuda.mem_get_info()[0], model_loaded=loaded),
         load_in_4bit=config.model.load_in_4bit,
         cuda_graphs=config.rollout.cuda_graphs,
         revision=config.model.revision,
@@ -199,8 +201,6 @@ def _kv_cache_bytes(config: GRPOConfig, hf_config: Any, loaded: bool) -> int:
     free, total = torch.cuda.mem_get_info()
     asked = config.rollout.kv_cache
     if asked == "auto":
-        from grpo.planner import auto_kv_cache
-
         return auto_kv_cache(config, hf_config, free, model_loaded=loaded)
     if isinstance(asked, float) and asked < 1:
         return int(asked * total)

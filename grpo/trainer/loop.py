@@ -105,8 +105,9 @@ class GRPOTrainer(BaseTrainer):
         return [*super().notes(), *placement_lines(self.rewards)]
 
     def release(self) -> None:
-        """End the rewards' worker processes; a later call starts new ones."""
+        """End the rewards' worker processes (a later call starts new ones) and what the engine left elsewhere."""
         close_pools(self.rewards)
+        self.engine.release()
 
     # --- the loop --------------------------------------------------------------------------------------------
 
