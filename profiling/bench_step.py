@@ -60,15 +60,17 @@ class MemoryWatch:
             return
         self.peak[before] = max(self.peak[before], value - (self.kv_cache_bytes if before else 0))
 
-    def follow(self, llm: Any) -> None:
-        """Know from now on when `llm` maps and unmaps its cache (it is asleep now)."""
+    def follow(self, llm: Any, mapped_bytes: Callable[[], int] | None = None) -> None:
+        """Know from now on when `llm` maps and unmaps its cache (it is asleep now), and how large it really is."""
         wake_up, sleep = llm.wake_up, llm.sleep
 
         def woken(tags: list[str] | None = None) -> Any:
             maps = tags is None or "kv_cache" in tags
             self.mapped = None if maps else self.mapped
             found = wake_up(tags)
-            self.mapped = True if maps else self.mapped
+            if maps:
+                self.kv_cache_bytes = mapped_bytes() if mapped_bytes else self.kv_cache_bytes
+                self.mapped = True
             return found
 
         def slept(*arguments: Any, **named: Any) -> Any:
@@ -104,6 +106,12 @@ class MemoryWatch:
             "peak_asleep_gib": self.peak[False] / GIB,
             "peak_awake_outside_kv_gib": self.peak[True] / GIB,
         }
+
+
+def _cache_bytes() -> int:
+    from grpo.rollout.vllm_weights import pool_bytes
+
+    return pool_bytes()["kv_cache"]
 
 
 def _used() -> int:
@@ -146,7 +154,7 @@ def run_ours(size: Size, steps: int, rows: int, device: torch.device) -> dict[st
         trainer.stop_token_ids = ()  # every completion has all its tokens
         watch = MemoryWatch(size.kv_cache_bytes)
         if not size.toy:
-            watch.follow(trainer.engine._llm)  # type: ignore[attr-defined]
+            watch.follow(trainer.engine._llm, _cache_bytes)  # type: ignore[attr-defined]
         seconds, found = [], []
         with watch.running(device.type == "cuda"):
             start = time.perf_counter()
@@ -174,21 +182,23 @@ def _summary(size: Size, seconds: list[float], phases: dict[str, float], watch: 
         "median_seconds": median,
         "tokens_per_s": size.tokens / median,
         "phases": phases,
-        "kv_cache_bytes": size.kv_cache_bytes,
+        "kv_cache_bytes": watch.kv_cache_bytes,
         **watch.row(),
     }
 
 
-def _timed(owner: Any, method: str, name: str, clock: Clock) -> None:
-    """Bill the calls of `owner.method` to `name`."""
+def _timed(owner: Any, method: str, name: str, clock: Clock, then: Callable[[], None] | None = None) -> None:
+    """Bill the calls of `owner.method` to `name`, those with a gradient to the loss."""
     inner = getattr(owner, method)
 
     @functools.wraps(inner)
     def call(*arguments: Any, **named: Any) -> Any:
-        with clock(name):
+        with clock("loss forward" if torch.is_grad_enabled() and name == "log-probs" else name):
             torch.cuda.synchronize()
             found = inner(*arguments, **named)
             torch.cuda.synchronize()
+        if then is not None:
+            then()
         return found
 
     setattr(owner, method, call)
@@ -246,11 +256,11 @@ def run_trl(size: Size, steps: int, rows: int, device: torch.device) -> dict[str
             peft_config=LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[Times()],
         )
-        clock, watch = Clock(), MemoryWatch(size.kv_cache_bytes)
-        watch.follow(trainer.vllm_generation.llm)
+        clock, watch, reset = Clock(), MemoryWatch(size.kv_cache_bytes), torch.cuda.reset_peak_memory_stats
+        watch.follow(trainer.vllm_generation.llm, _cache_bytes)
         _timed(trainer.vllm_generation, "sync_weights", "sync", clock)
         _timed(trainer.vllm_generation, "generate", "generate", clock)
-        _timed(trainer, "_generate_and_score_completions", "rollout and scoring", clock)
+        _timed(trainer, "_generate_and_score_completions", "rollout and scoring", clock, reset)
         _timed(trainer, "_get_per_token_logps_and_entropies", "log-probs", clock)
         with watch.running(True):
             trainer.train()
@@ -260,8 +270,8 @@ def run_trl(size: Size, steps: int, rows: int, device: torch.device) -> dict[str
         return {
             "engine": "vllm",
             "calls_per_step": calls,
-            # torch counts unmapped pools of the engine too
-            "torch_peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            # of the last update; torch goes on counting pools of the engine that are unmapped
+            "torch_peak_update_gib": torch.cuda.max_memory_allocated() / GIB,
             **_summary(size, seconds, phases, watch),
         }
 
@@ -279,13 +289,13 @@ def why_not(side: str, toy: bool) -> str | None:
 
 def table(sides: dict[str, Any]) -> str:
     """One line a side, then the split by phase."""
-    lines = ["| side | engine | s/step | tokens/s | peak outside KV GiB |", "|---|---|---|---|---|"]
+    lines = ["| side | engine | s/step | tokens/s | peak outside KV GiB | KV GiB |", "|---|---|---|---|---|---|"]
     for side, row in sides.items():
         if "skipped" in row:
-            lines.append(f"| {side} | skipped: {row['skipped']} | | | |")
+            lines.append(f"| {side} | skipped: {row['skipped']} | | | | |")
             continue
         numbers = f"{row['median_seconds']:.2f} | {row['tokens_per_s']:,.0f} | {row['peak_outside_kv_gib']:.1f}"
-        lines.append(f"| {side} | {row['engine']} | {numbers} |")
+        lines.append(f"| {side} | {row['engine']} | {numbers} | {row['kv_cache_bytes'] / GIB:.2f} |")
     for side, row in sides.items():
         split = ", ".join(f"{name} {value:.2f}" for name, value in row.get("phases", {}).items())
         lines.append(f"{side}: {split}" if split else f"{side}: no phases")

@@ -35,9 +35,9 @@ class Llm:
 
 
 def test_the_cache_is_not_counted_and_changes_are_not_sampled():
-    llm, watch = Llm(), MemoryWatch(100)
+    llm, watch = Llm(), MemoryWatch(50)
     llm.during = lambda: watch.sample(lambda: 10_000) if watch.mapped is None else None
-    watch.follow(llm)
+    watch.follow(llm, lambda: 100)
     watch.sample(lambda: llm.used)
     llm.wake_up(["weights"])
     watch.sample(lambda: llm.used)
