@@ -12,6 +12,7 @@ from grpo.config import RolloutConfig
 from grpo.seeds import seed_for
 
 Phase = Callable[[str], AbstractContextManager[None]]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,20 @@ def unbilled(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def unseen(done: int, total: int) -> None:
+    """The `progress` of an engine that nobody watches."""
+
+
 class RolloutEngine(Protocol):
     """One way to sample. `policy_version` is −1 before the first `load_weights` and grows by one with each.
 
-    `phase(name)` bills what happens inside ("wake", "sync", "probe", "sleep") to the run's ledger.
+    `phase(name)` bills what happens inside ("wake", "sync", "probe", "sleep") to the run's ledger;
+    `progress(done, total)` is told of completions during `generate`.
     """
 
     policy_version: int
     phase: Phase
+    progress: Progress
 
     def awake(self) -> AbstractContextManager[None]:
         """Resources for sampling exist inside this block alone, also when an exception passes."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Rollouts
 from grpo.model.policy import Policy
-from grpo.rollout.engine import Phase, Sampling, SyncReport, unbilled
+from grpo.rollout.engine import Phase, Progress, Sampling, SyncReport, unbilled, unseen
 from grpo.seeds import uniforms
 
 _COMPACT_WHEN_ENDED = 0.25  # share of ended rows at which dropping them pays for the copy of the cache
@@ -46,6 +46,7 @@ class HFEngine:
         self.max_sequences = max_sequences
         self.policy_version = -1
         self.phase: Phase = unbilled
+        self.progress: Progress = unseen
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -71,6 +72,7 @@ class HFEngine:
         if self.policy_version < 0:
             raise RuntimeError("generate() before load_weights()")
         work = [(p, g) for p in range(len(prompts)) for g in range(sampling.num_generations)]
+        total = len(work)
         completions: list[list[Completion]] = [[] for _ in prompts]
         with self.policy.evaluating():
             while work:
@@ -81,6 +83,7 @@ class HFEngine:
                 for (p, _), completion in zip(chunk, found, strict=True):
                     completions[p].append(completion)
                 work = work[len(chunk) :]
+                self.progress(total - len(work), total)
         return Rollouts(list(prompts), completions, self.policy_version)
 
     @torch.no_grad()

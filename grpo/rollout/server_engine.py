@@ -36,7 +36,7 @@ from grpo.errors import InputError, RunError
 from grpo.model.adapter import adapter_modules
 from grpo.model.policy import Policy
 from grpo.rollout.completions import to_completions
-from grpo.rollout.engine import Phase, Sampling, SyncReport, unbilled
+from grpo.rollout.engine import Phase, Progress, Sampling, SyncReport, unbilled, unseen
 from grpo.rollout.probe import WeightProbe
 from grpo.rollout.server_api import (
     COMMAND,
@@ -104,7 +104,7 @@ class ServerEngine:
         self.tokenizer = tokenizer
         self.timeout_s = timeout_s
         self.probe = probe
-        self.progress: Callable[[int, int], None] | None = None
+        self.progress: Progress = unseen
         self.policy_version = -1
         self.phase: Phase = unbilled
         self._say = say or (lambda line: None)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from grpo.model.adapter import adapter_modules
 from grpo.model.policy import Policy
 from grpo.plan_rollout import BATCHED_TOKENS
 from grpo.rollout.completions import to_completions
-from grpo.rollout.engine import Phase, Sampling, SyncReport, unbilled
+from grpo.rollout.engine import Phase, Progress, Sampling, SyncReport, unbilled, unseen
 from grpo.rollout.probe import WeightProbe
 from grpo.rollout.vllm_weights import (
     Shared,
@@ -101,6 +102,7 @@ class VLLMEngine:
         self.probe = probe
         self.policy_version = -1
         self.phase: Phase = unbilled
+        self.progress: Progress = unseen
         self._say = say or (lambda line: None)
         self._adapter: Any = None  # the LoRARequest of the present version
         self._syncs = 0
@@ -185,6 +187,7 @@ class VLLMEngine:
         outputs = self._run(
             [prompt.token_ids for prompt, _ in requests],
             [_parameters(sampling, sampling.seed_of(prompt, g)) for prompt, g in requests],
+            use_tqdm=partial(_Bar, self.progress),
         )
         found = [_answer(output) for output in outputs]
         completions = to_completions(found, sampling, self.tokenizer)
@@ -260,7 +263,7 @@ class VLLMEngine:
                 raise RunError("the rollout engine did not empty its prefix cache: blocks are still held")
         return gap
 
-    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], use_tqdm: Any = False) -> list[Any]:
         """One request per prompt, finished, in order. Nothing stays behind in the engine if an exception passes."""
         self._map_cache()
         try:
@@ -269,7 +272,7 @@ class VLLMEngine:
                     [{"prompt_token_ids": list(ids)} for ids in prompts],
                     list(parameters),
                     lora_request=self._adapter,
-                    use_tqdm=False,
+                    use_tqdm=use_tqdm,
                 )
         except (RuntimeError, ValueError) as error:
             self._abort()
@@ -308,6 +311,10 @@ class VLLMEngine:
             ) from error
 
     def _sleep(self) -> None:
+        if not self._cache_mapped:
+            if self.options.share_weights:
+                return  # it never woke up
+            self._map_cache()  # vLLM puts nothing to sleep that is half awake
         torch.cuda.synchronize()
         self._llm.sleep(level=self._level)
         self._cache_mapped = False
@@ -413,6 +420,28 @@ def _end_process_group() -> None:
     """vLLM makes the default process group where there is none; left open, torch warns as the process ends."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+class _Bar:
+    """What `LLM.generate` asks of a tqdm bar, told on to `progress(done, total)`."""
+
+    def __init__(self, progress: Progress, total: int, **display: Any) -> None:
+        self._progress, self._start = progress, time.monotonic()
+        self.total, self.n, self.postfix = total, 0, ""
+
+    @property
+    def format_dict(self) -> dict[str, float]:
+        return {"elapsed": max(1e-9, time.monotonic() - self._start)}
+
+    def update(self, count: int) -> None:
+        self.n += count
+        self._progress(self.n, self.total)
+
+    def refresh(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _free_memory() -> str:

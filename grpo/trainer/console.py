@@ -59,6 +59,7 @@ NAMES = {  # metric -> its short name here, its unit
     "step_time": ("", "s/step"),
 }
 SHARES = {"eval_accuracy", "completions/clipped_ratio", "frac_reward_zero_std"}  # 0..1, shown in %
+LONG_PHASE_S = 30.0  # a phase that says how far it is says so this often in a log file
 MAX_TEXT = 600  # characters of a prompt or completion that a sample shows
 
 
@@ -160,7 +161,8 @@ class ProgressView:
         self.console = Console(stream, live)
         self._live: Live | None = None
         self._start = self._phase_start = clock()
-        self._phase = ""
+        self._phase = self._phase_name = ""
+        self._told = self._start
         self._step = 0
         self._row: Mapping[str, Any] = {}
         self._evals: dict[str, tuple[Any, int]] = {}  # value, step: evaluations are rare, the last one stays in view
@@ -191,6 +193,15 @@ class ProgressView:
     def phase(self, name: str) -> None:
         """Show `name` as what is running now, with its seconds (live view only)."""
         self._phase, self._phase_start = clip(visible(name), 30), self._clock()
+        self._phase_name, self._told = self._phase, self._phase_start
+
+    def progress(self, done: int, total: int) -> None:
+        """How far the running phase is; when not live, a line every `LONG_PHASE_S` seconds."""
+        self._phase = f"{self._phase_name} {done}/{total}"
+        now = self._clock()
+        if not self.console.is_live and now - self._told >= LONG_PHASE_S:
+            self._told = now
+            self.console.say(f"{self._title}: {self._phase}, {duration(now - self._phase_start)}")
 
     def note(self, line: str) -> None:
         """Print `line` above the view."""
