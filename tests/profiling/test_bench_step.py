@@ -36,12 +36,12 @@ class Llm:
 
 def test_the_cache_is_not_counted_and_changes_are_not_sampled():
     llm, watch = Llm(), MemoryWatch(50)
-    llm.during = lambda: watch.sample(lambda: 10_000) if watch.mapped is None else None
     watch.follow(llm, lambda: 100)
     watch.sample(lambda: llm.used)
     llm.wake_up(["weights"])
     watch.sample(lambda: llm.used)
     assert watch.peak == {True: 0, False: 15}
+    llm.during = lambda: watch.sample(lambda: 10_000)  # half-way through a change
     llm.wake_up(tags=["kv_cache"])
     watch.sample(lambda: llm.used + 7)
     assert watch.peak == {True: 22, False: 15}
