@@ -7,6 +7,7 @@ Left out: anything a Python caller could want too. Each command is a few lines o
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -222,6 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exits with the codes listed at the top of this file."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments or bool(os.environ.get("GRPO_DEBUG"))
+    # It says at import that a CPU kernel which is not used here is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="grpo", description="GRPO on the GPU you already have.", args=arguments

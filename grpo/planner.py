@@ -46,6 +46,8 @@ from grpo.sizes import parse_bytes
 
 SLACK = 0.05  # of the peak: gaps of the allocator
 TOKENS_WITHOUT_GPU = 16_384
+ENOUGH_TOKENS = 65_536  # a bin of a few 10K tokens fills a GPU; a larger one only costs memory
+HOST_SHARE = 0.8  # of the host's free memory, for pinned layer inputs
 TOKEN_STEP = 1_024
 
 
@@ -173,22 +175,27 @@ class Planner:
         return self._update(config, facts, self._resident(config, facts), Bin(lengths), several=several_bins)
 
     def largest_bin(self, config: RunConfig, free: int) -> int:
-        """Tokens of the largest bin whose update, and 5 %, fits into what is loaded already and `free` bytes more."""
+        """Tokens of the largest bin, up to `ENOUGH_TOKENS`, whose update, and 5 %, fits into what is loaded already and
+        `free` bytes more, and whose layer inputs fit into most of the host's memory where they are offloaded."""
         facts, longest = self.facts.of(config), longest_document(config)
         resident = self._resident(config, facts)
         low = -(-longest // TOKEN_STEP)
-        high = max(low, -(-documents_per_step(config) * longest // TOKEN_STEP))
+        most = min(documents_per_step(config) * longest, ENOUGH_TOKENS)
+        high = max(low, -(-most // TOKEN_STEP))
+        host = available_host_bytes()
         room = int((free + sum(resident.values())) / (1 + SLACK))
 
-        def takes(steps: int) -> int:
+        def fits(steps: int) -> bool:
             tokens = steps * TOKEN_STEP
+            bin_ = Bin.full(tokens, longest)
             several = documents_per_step(config) * longest > tokens
-            phases = self._update(config, facts, resident, Bin.full(tokens, longest), several=several)
-            return max(phase.bytes for phase in phases)
+            phases = self._update(config, facts, resident, bin_, several=several)
+            pinned = Pass(facts, Path.of(config, facts), bin_).host_bytes()
+            return max(phase.bytes for phase in phases) <= room and (host is None or pinned <= HOST_SHARE * host)
 
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if takes(middle) <= room else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low * TOKEN_STEP
 
     def _tokens(self, config: RunConfig, facts: ModelFacts, resident: Parts, notes: list[str]) -> int:
@@ -269,9 +276,10 @@ class Planner:
 def auto_tokens_per_batch(config: RunConfig, hf_config: Any, free_bytes: int | None) -> int:
     """Tokens for `update.max_tokens_per_batch: auto`.
 
-    The largest multiple of 1,024, at least the longest document and at most a whole step, whose update (forward,
-    backward, optimizer), with 5 % for gaps of the allocator, fits beside the model that is loaded already into
-    `free_bytes`; optimizer state and gradients are not there yet. None: no GPU, 16,384.
+    The largest multiple of 1,024, at least the longest document and at most 65,536 or a whole step, whose update
+    (forward, backward, optimizer), with 5 % for gaps of the allocator, fits beside the model that is loaded already
+    into `free_bytes`, and whose offloaded layer inputs fit into most of the host's memory; optimizer state and
+    gradients are not there yet. None: no GPU, 16,384.
     """
     if free_bytes is None:
         return TOKENS_WITHOUT_GPU

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo import planner
 from grpo.bench_models import model_config
 from grpo.config import GRPOConfig, OptimizerConfig, SFTConfig
 from grpo.errors import InputError
@@ -412,10 +413,16 @@ def test_auto_bins_are_the_largest_that_fit():
         assert update_peak(run, hf, tokens) <= room < update_peak(run, hf, tokens + 1024)
 
 
-def test_auto_bins_have_bounds():
+def test_auto_bins_have_bounds(monkeypatch):
     run, hf = long_run(), model_config("llama-3.1-8b")
     assert auto_tokens_per_batch(run, hf, 0) == 8192  # a document is never cut
-    assert auto_tokens_per_batch(run, hf, 10**15) == 32 * 8192  # a whole step
+    assert auto_tokens_per_batch(run, hf, 10**15) == 65_536  # more would only cost memory
+    small = long_run(max_prompt_length=64, max_completion_length=448)
+    assert auto_tokens_per_batch(small, hf, 10**15) == 32 * 512  # a whole step
+    offload = long_run(activation_checkpointing="offload")
+    monkeypatch.setattr(planner, "available_host_bytes", lambda: 10 * GIB)
+    assert auto_tokens_per_batch(offload, hf, 10**15) == int(0.8 * 10 * GIB / (31 * 4096 * 2)) // 1024 * 1024
+    assert auto_tokens_per_batch(run, hf, 10**15) == 65_536
     assert auto_tokens_per_batch(run, hf, None) == 16_384
     sft = SFTConfig(model={"name_or_path": "x"}, adapter={"r": 16}, examples_per_step=3, max_completion_length=1000)
     assert auto_tokens_per_batch(sft, hf, 10**15) == 6 * 1024  # 3 · (1024 + 1000), whole steps of 1,024
