@@ -18,6 +18,7 @@ from grpo.batch import Prompt, TokenBatch, Totals
 from grpo.config import SFTConfig
 from grpo.data import PromptStream, check_column, encode_prompt, load_table, prompt_problem, with_system
 from grpo.errors import InputError
+from grpo.ledger import Ledger
 from grpo.model.load import context_length, stop_token_ids
 from grpo.packing import Document, pack_documents, packing_metrics
 from grpo.seeds import seed_for
@@ -52,10 +53,12 @@ class SFTTrainer(BaseTrainer):
         if examples is None:
             raise InputError("data.train is null (want a path, a hub id, or train_dataset=…)")
         self.eval_examples = _examples(config, tokenizer, eval_dataset, config.data.eval, "data.eval") or []
-        policy = build_policy(config, model, peft_config)
+        ledger = Ledger()
+        with ledger.phase("load"):
+            policy = build_policy(config, model, peft_config)
         _check_context(examples, context_length(policy.causal_lm.config))
         stream = PromptStream(examples, seed_for(config.seed, "data"), config.data.shuffle)
-        super().__init__(config, policy, tokenizer, stream, console or default_console())
+        super().__init__(config, policy, tokenizer, stream, console or default_console(), ledger)
         self.config: SFTConfig = config
 
     def _advance(self) -> dict[str, Any]:

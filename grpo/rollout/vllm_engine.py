@@ -402,6 +402,7 @@ def _parameters(sampling: Sampling, seed: int) -> Any:
         max_tokens=sampling.max_completion_length,
         seed=seed,
         stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # our stop tokens alone, whatever the model's configuration adds to them
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,

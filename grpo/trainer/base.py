@@ -70,7 +70,15 @@ class BaseTrainer:
         stop_requested: set it to end the run at the next step boundary, saved.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, tokenizer: Any, data: PromptStream, console: Console) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        tokenizer: Any,
+        data: PromptStream,
+        console: Console,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.config = config
         self.policy = policy
         self.tokenizer = tokenizer
@@ -78,7 +86,7 @@ class BaseTrainer:
         self.console = console
         self.optimizer = make_optimizer(policy.trainable(), config.optimizer)
         self.schedule = Schedule(config.optimizer, config.max_steps)
-        self.ledger = Ledger()
+        self.ledger = Ledger() if ledger is None else ledger
         self.folder = RunFolder(config.output_dir, config.to_yaml(), self.say)
         self.view: ProgressView | None = None
         self.step = 0

@@ -20,6 +20,7 @@ from grpo.config import GRPOConfig, objective_knobs
 from grpo.data import encode_prompt, prompt_problem, prompt_text, with_system
 from grpo.errors import InputError, RunError
 from grpo.evaluate import evaluate_rollouts
+from grpo.ledger import Ledger
 from grpo.packing import pack, packing_metrics
 from grpo.rollout.engine import RolloutEngine, Sampling, SyncReport
 from grpo.scoring import FaultBudget, close_pools, merge_scored, placement_lines, score, select_groups
@@ -77,16 +78,18 @@ class GRPOTrainer(BaseTrainer):
         console: Console | None = None,
     ) -> None:
         console = console or default_console()
-        parts = build_parts(
-            args or GRPOConfig(),
-            model,
-            reward_funcs,
-            (train_dataset, eval_dataset),
-            processing_class,
-            peft_config,
-            console,
-        )
-        super().__init__(parts.config, parts.policy, parts.tokenizer, parts.data, console)
+        ledger = Ledger()
+        with ledger.phase("load"):
+            parts = build_parts(
+                args or GRPOConfig(),
+                model,
+                reward_funcs,
+                (train_dataset, eval_dataset),
+                processing_class,
+                peft_config,
+                console,
+            )
+        super().__init__(parts.config, parts.policy, parts.tokenizer, parts.data, console, ledger)
         self.config: GRPOConfig = parts.config
         self.rewards = parts.rewards
         self.eval_prompts = parts.eval_prompts

@@ -33,7 +33,7 @@ CAUSES = {
 COSTS = "What it costs"
 OWN = "a phase without those inside it"
 PHASES = tuple(
-    "load rollout wake sync sleep score reference pack update forward backward optimizer save evaluation".split()  # noqa: SIM905
+    "load rollout wake sync probe sleep score reference pack update forward backward optimizer save evaluation".split()  # noqa: SIM905
 )
 DEVICE = (("allocated", 0, 0), ("reserved on top", 5, 0), ("others", 8, 0))
 HOST = (("resident", 2, 0), ("pinned", 3, 1))
@@ -76,7 +76,7 @@ def panels(run: Run) -> dict[str, list[Panel]]:
             Panel("Policy − sampler", "nats", _lines(mean=f"{gap}/mean", max=f"{gap}/max"), "|Δ log-prob|", log=True),
         ],
         COSTS: [
-            Panel("Seconds per phase", "seconds per step", _phases(run, "own_seconds"), OWN, stacked=True, absent=0.0),
+            Panel("Seconds per phase", "seconds per step", _of_a_step(run), OWN, stacked=True, absent=0.0),
             Panel("Memory peak per phase", "GiB", _phases(run, "peak_gib"), "peaks do not add up"),
             Panel("Throughput", "tokens per second", _lines(mean="tokens_per_second")),
         ],
@@ -121,6 +121,11 @@ def _phases(run: Run, kind: str) -> tuple[Series, ...]:
     order = [name for name in PHASES if name in names] + [name for name in names if name not in PHASES]
     colour = {name: i % COLOURS for i, name in enumerate(dict.fromkeys([*PHASES, *names]))}
     return tuple(Series(f"phase/{name}/{kind}", name, colour=colour[name]) for name in order)
+
+
+def _of_a_step(run: Run) -> tuple[Series, ...]:
+    """Own seconds of what every step has: loading happens once, and its bar would flatten all others."""
+    return tuple(series for series in _phases(run, "own_seconds") if series.label != "load")
 
 
 def memory_bars(run: Run) -> list[Bars]:

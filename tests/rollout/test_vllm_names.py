@@ -53,7 +53,7 @@ def test_fields_of_requests_and_answers():
     from vllm.outputs import CompletionOutput, RequestOutput
 
     wanted = {"n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "stop_token_ids", "logprobs",
-              "flat_logprobs", "prompt_logprobs", "detokenize"}  # fmt: skip
+              "flat_logprobs", "prompt_logprobs", "detokenize", "ignore_eos"}  # fmt: skip
     assert wanted <= set(inspect.signature(SamplingParams).parameters)
     request = LoRARequest("a", 1, "/nonexistent")
     assert (request.lora_name, request.lora_int_id, request.lora_path) == ("a", 1, "/nonexistent")

@@ -220,9 +220,9 @@ def test_answers_are_in_order_with_a_seed_each_and_the_protocols_fields(vllm, po
             assert completion.finish_reason == want.finish_reason
     asked = [p for _, p in engine._llm.served][-12:]
     assert len({p.seed for p in asked}) == 12 and all(p.seed < 2**62 for p in asked)
-    assert {(p.n, p.logprobs, p.flat_logprobs, p.detokenize, *p.stop_token_ids) for p in asked} == {
-        (1, 0, True, False, 1)
-    }
+    fields = ("n", "logprobs", "flat_logprobs", "detokenize", "ignore_eos")
+    assert {tuple(getattr(p, name) for name in fields) for p in asked} == {(1, 0, True, False, True)}
+    assert all(p.stop_token_ids == [STOP] for p in asked)
 
 
 def test_each_sync_has_a_new_name_and_number(vllm, policy):
