@@ -36,7 +36,7 @@ from grpo.model.attention import spare_rows
 from grpo.model.load import resolve_device
 from grpo.model.policy import Policy
 from grpo.optim import make_optimizer
-from grpo.sizes import parse_bytes
+from grpo.sizes import parse_card
 from grpo.trainer.metrics import environment_facts
 
 WAYS = (
@@ -257,7 +257,7 @@ def benchmark(
     if training not in TRAINING_METHODS:
         raise InputError(f"method is {clip(training)!r} (want {', '.join(TRAINING_METHODS)})")
     try:
-        card = Card(where, None if gpu is None else parse_bytes(gpu))
+        card = Card(where, None if gpu is None else parse_card(gpu))
     except InputError:
         raise
     except ValueError as error:

@@ -96,7 +96,7 @@ def _knob(section: str, name: str, value: Any) -> Knob:
 
 
 def savings(planner: Planner, plan: Plan) -> list[Saving]:
-    """What each knob alone takes off the peak, the largest saving first; knobs that save nothing are left out."""
+    """What each knob alone takes off the peak, the largest saving first; those under 1 MiB are left out."""
     # With `auto` the bins would grow into whatever a knob frees.
     config = _knob("update", "max_tokens_per_batch", plan.tokens_per_bin).applied(plan.config)
     candidates = list(knobs(config))
@@ -105,7 +105,7 @@ def savings(planner: Planner, plan: Plan) -> list[Saving]:
     best: dict[tuple[str | None, ...], Saving] = {}  # of several values the least change that saves most
     for knob in candidates:
         saved = plan.peak.bytes - planner.plan(knob.applied(config)).peak.bytes
-        if saved > 0 and (_key(knob) not in best or saved > best[_key(knob)].bytes):
+        if saved >= 2**20 and (_key(knob) not in best or saved > best[_key(knob)].bytes):
             best[_key(knob)] = Saving(knob, saved)
     return sorted(best.values(), key=lambda saving: -saving.bytes)
 

@@ -42,7 +42,7 @@ from grpo.plan_rollout import (
     usable_kv_cache,
 )
 from grpo.plan_update import Bin, Pass, Path
-from grpo.sizes import parse_bytes
+from grpo.sizes import parse_card
 
 SLACK = 0.05  # of the peak: gaps of the allocator
 TOKENS_WITHOUT_GPU = 16_384
@@ -359,6 +359,6 @@ def gpu_bytes(gpu: str | int | None) -> int | None:
     if gpu is None:
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     try:
-        return parse_bytes(gpu)
+        return parse_card(gpu) if isinstance(gpu, str) else gpu
     except ValueError as error:
         raise InputError(f"gpu: {error}") from None

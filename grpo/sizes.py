@@ -28,6 +28,18 @@ def parse_bytes(text: str | int | float) -> int:
     return int(size)
 
 
+def parse_card(text: str | int | float) -> int:
+    """Bytes of a GPU's memory, `parse_bytes` and at least 1 MiB: a bare "24" is no card.
+
+    Raises:
+        ValueError: less, or no size at all.
+    """
+    size = parse_bytes(text)
+    if size < 2**20:
+        raise ValueError(f"{text!r} is a card of {size:,} bytes (want one like 24GB)")
+    return size
+
+
 def format_bytes(count: float) -> str:
     """GiB with two places from 0.1 GiB on, else MiB: "18.60 GiB", "24 MiB"."""
     return f"{count / GIB:.2f} GiB" if abs(count) >= 0.1 * GIB else f"{count / 2**20:.0f} MiB"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo.sizes import format_bytes, parse_bytes
+from grpo.sizes import format_bytes, parse_bytes, parse_card
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,14 @@ def test_sizes_are_read(text, wanted):
 def test_anything_else_is_refused(text):
     with pytest.raises(ValueError, match="want one like 24GB"):
         parse_bytes(text)
+
+
+def test_a_card_is_at_least_a_mebibyte():
+    assert parse_card("24GB") == 24 * 10**9
+    with pytest.raises(ValueError, match=r"'24' is a card of 24 bytes \(want one like 24GB\)"):
+        parse_card("24")
+    with pytest.raises(ValueError, match="is no size of memory"):
+        parse_card("lots")
 
 
 def test_sizes_are_shown():
