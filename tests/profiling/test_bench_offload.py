@@ -1,9 +1,11 @@
-"""Overlap of host copies with kernels, from a trace made by hand."""
+"""Overlap of host copies with kernels, from a trace made by hand; the program at toy size."""
+
+import json
 
 import pytest
 import torch
 
-from profiling.overlap import main, overlap
+from profiling.bench_offload import main, overlap
 
 
 def event(kind, start, end, name="k"):
@@ -27,3 +29,13 @@ def test_a_trace_by_hand():
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="no CUDA device"):
         main([])
+
+
+def test_at_toy_size_both_methods_have_the_same_gradients(tmp_path):
+    out = tmp_path / "offload.json"
+    main(["--toy", "--device", "cpu", "--seconds", "0.1", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["largest_gradient_difference"] == 0.0
+    assert found["time_ratio"] == pytest.approx(
+        found["offload"]["median_ms"] / found["recompute"]["median_ms"], rel=1e-3
+    )
