@@ -112,21 +112,22 @@ def table(entry: dict[str, Any]) -> str:
     return "\n".join([f"{entry['environment']['device']}: {entry['alone_us_per_phase']} us for a phase alone", *lines])
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--commit", help="of this checkout, where git is not at hand")
-    return parser.parse_args()
+    parser.add_argument("--toy", action="store_true", help="two tiny cases, for checking this program")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write results/<device>/ledger.json."""
-    args = _arguments()
+    args = _arguments(arguments)
     device = torch.device(args.device)
     rows = []
-    for shape in CASES[device.type]:
+    for shape in ((2, 8, 16, 2), (1, 4, 8, 1)) if args.toy else CASES[device.type]:
         case = dict(zip(("bins", "tokens", "width", "layers"), shape, strict=True))
         seconds = compare(Step(device, **case), args.steps)
         rows.append(case | {"steps": args.steps} | result(seconds, phases=2 + 2 * case["bins"]))

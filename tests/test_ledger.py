@@ -279,6 +279,12 @@ def test_a_failed_phase_has_the_host_s_seconds_and_the_device_is_not_asked():
         raise RuntimeError
     row = ledger.take()
     assert row["phase/backward/seconds"] == row["phase/update/seconds"] == 2.0
+    with pytest.raises(RuntimeError), ledger.phase("update"):
+        with ledger.phase("forward"):  # ends whole, but what it queued may be what failed: its events stay unread
+            clock.now += 3
+            meter.stream.queue(50.0)
+        raise RuntimeError
+    assert ledger.take()["phase/forward/seconds"] == 3.0
     with ledger.phase("update"):  # nothing is left over from it
         pass
     assert set(ledger.take()) == {f"phase/update/{key}" for key in ("seconds", "peak_gib", "others_gib")}
