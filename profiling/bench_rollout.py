@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from grpo.batch import Prompt, Rollouts
+from grpo.bench_models import random_model
 from grpo.config import AdapterConfig, ModelConfig
 from grpo.model.adapter import add_adapter
 from grpo.model.load import load_model
@@ -80,24 +81,12 @@ def make_tokenizer(vocabulary: int) -> Any:
 
 def write_model(folder: Path, size: Size, device: torch.device) -> Any:
     """Random weights, made on `device`, and a tokenizer, in `folder`; the model names no EOS. Returns the tokenizer."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    shape = (
-        dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
-        | dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)
-        if size.toy
-        else dict(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, head_dim=128)
-        | dict(num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=4096)
-    )
-    config = Qwen3Config(
-        **shape, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None, rope_theta=1e6
-    )
-    torch.manual_seed(0)
-    with device:
-        model = Qwen3ForCausalLM(config).to(torch.float32 if size.toy else torch.bfloat16)
+    shape, dtype = ("toy-qwen3", torch.float32) if size.toy else ("qwen3-1.7b", torch.bfloat16)
+    nothing_stops = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model: Any = random_model(shape, device, dtype, max_position_embeddings=4096, **nothing_stops)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
-    tokenizer = make_tokenizer(config.vocab_size)
+    tokenizer = make_tokenizer(model.config.vocab_size)
     tokenizer.save_pretrained(folder)
     del model
     if device.type == "cuda":
