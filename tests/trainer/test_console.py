@@ -282,3 +282,29 @@ def test_a_stream_without_unicode_does_not_end_the_run():
     Console(stream).samples([("漢", "é", {"r": None})])
     stream.flush()
     assert b"run ?: step 1/2" in buffer.getvalue()
+
+
+def test_a_long_phase_says_how_far_it_is_every_half_minute():
+    view, clock, stream = plain()
+    with view:
+        view.phase("rollout")
+        for done in range(1, 11):
+            clock.now += 12.0
+            view.progress(done, 10)
+    lines = [line for line in stream.getvalue().splitlines() if "rollout" in line]
+    assert lines == ["run: rollout 3/10, 36 s", "run: rollout 6/10, 1 min 12 s", "run: rollout 9/10, 1 min 48 s"]
+
+
+def test_a_live_view_counts_within_the_phase():
+    clock = Clock()
+    view = ProgressView("run", 3, stream=io.StringIO(), live=True, clock=clock)
+    view.phase("rollout")
+    clock.now += 5
+    view.progress(7, 128)
+    recorder = RichConsole(file=io.StringIO(), width=120)
+    recorder.print(view)
+    assert "rollout 7/128 5 s" in recorder.file.getvalue()
+    view.phase("score")
+    view.progress(1, 2)
+    recorder.print(view)
+    assert "score 1/2" in recorder.file.getvalue() and "rollout 7/128 score" not in recorder.file.getvalue()
