@@ -49,12 +49,14 @@ def test_three_steps_stay_on_policy_and_leave_nothing_behind(tmp_path):
         moved = max(
             float((value - before[name]).detach().abs().max()) for name, value in trainer.policy.trainable().items()
         )
+        assert server.adapters == {}  # the run left nothing there
+        assert len(trainer.generate(["2"])[0][0].token_ids) >= 1  # and sampling goes on
         trainer.engine.close()
     finally:
         server.stop()
     assert moved > 1e-2
-    assert len(loaded) == 3  # one adapter a step, each read once
-    assert len({json.dumps(body["sampling_params"]["seed"]) for body in server.requests[1:] if scored(body)}) == 24
+    assert len(loaded) == 4  # one adapter a step and one for `generate`, each read once
+    assert len({json.dumps(body["sampling_params"]["seed"]) for body in server.requests[1:] if scored(body)}) == 25
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     for name in ("sampling/sampling_logp_difference/max", "sync/probe_gap"):
