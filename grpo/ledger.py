@@ -51,13 +51,16 @@ class MemoryMeter:
 
     With CUDA in use also `allocated` and `reserved` (torch's allocator, current device) and `pinned` (torch's
     page-locked host memory). torch's peak counters are reset at each reading, which does not wait for the device: the
-    allocators count on the host.
+    allocators count on the host. `unmapped` says how many bytes torch counts that are not on the device now (the cache
+    of a sleeping engine); they are taken off, unless they were there at the last reading.
     """
+
+    unmapped: Callable[[], int] = staticmethod(lambda: 0)
 
     def __init__(self, proc: Path = Path("/proc/self")) -> None:
         self._status = self._keep_open(proc / "status", os.O_RDONLY)
         self._clear_refs = self._keep_open(proc / "clear_refs", os.O_WRONLY)
-        self._reserved = 0
+        self._reserved = self._unmapped = 0
         self._key = b"VmHWM:" if self._reset_resident() else b"VmRSS:"
         if self._status is None:
             self.source = f"none ({proc / 'status'} cannot be read)"
@@ -120,8 +123,10 @@ class MemoryMeter:
         if cuda is None:
             return {}
         stats = cuda.memory_stats_as_nested_dict()  # one call; memory_stats() flattens it, which costs more
-        peaks = {kind: stats[f"{kind}_bytes"]["all"]["peak"] for kind in ("allocated", "reserved")}
-        self._reserved = stats["reserved_bytes"]["all"]["current"]
+        now = self.unmapped()
+        gone, self._unmapped = min(now, self._unmapped), now
+        peaks = {kind: stats[f"{kind}_bytes"]["all"]["peak"] - gone for kind in ("allocated", "reserved")}
+        self._reserved = stats["reserved_bytes"]["all"]["current"] - now
         cuda.reset_peak_memory_stats()
         if hasattr(cuda, "host_memory_stats_as_nested_dict"):
             pinned = cuda.host_memory_stats_as_nested_dict().get("allocated_bytes")
@@ -178,7 +183,7 @@ class Ledger:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, meter: MemoryMeter | None = None) -> None:
         self._clock = clock
-        self._meter = MemoryMeter() if meter is None else meter
+        self.meter = MemoryMeter() if meter is None else meter
         self._open: list[_Span] = []  # outermost first
         self._ended: list[_Span] = []  # inside the outermost that is open
         self._accounts: dict[str, _Account] = {}
@@ -186,7 +191,7 @@ class Ledger:
     @property
     def memory_source(self) -> str:
         """What `peak_gib` means without CUDA, in words."""
-        return self._meter.source
+        return self.meter.source
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -203,9 +208,9 @@ class Ledger:
         try:
             yield
             if span.parent is None:
-                self._meter.synchronize()
+                self.meter.synchronize()
             else:
-                span.last_mark = self._meter.mark()
+                span.last_mark = self.meter.mark()
             whole = True
         finally:
             self._end(span, whole)
@@ -232,10 +237,10 @@ class Ledger:
     def _begin(self, name: str) -> _Span:
         parent = self._open[-1] if self._open else None
         if parent is None:
-            self._meter.synchronize()
+            self.meter.synchronize()
         others = self._harvest(self._is_first(name))  # what stands at a border counts on both sides of it
         span = _Span(name, parent, peaks=others)
-        span.start, span.first_mark = self._clock(), None if parent is None else self._meter.mark()
+        span.start, span.first_mark = self._clock(), None if parent is None else self.meter.mark()
         self._open.append(span)
         return span
 
@@ -253,8 +258,8 @@ class Ledger:
 
     def _harvest(self, ask_driver: bool) -> Peaks:
         """What was used since the last border belongs to every phase that is open. Returns what others have now."""
-        peaks = self._meter.peaks()
-        others = self._meter.others() if ask_driver else {}
+        peaks = self.meter.peaks()
+        others = self.meter.others() if ask_driver else {}
         for span in self._open:
             _raise_to(span.peaks, peaks)
             _raise_to(span.peaks, others)

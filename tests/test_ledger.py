@@ -355,6 +355,32 @@ def test_the_meter_reads_the_allocators_and_leaves_torch_s_own_out_of_others(mon
     assert Ledger(meter=meter).take() == {}
 
 
+def test_what_an_engine_unmapped_is_not_on_the_device_though_torch_counts_it(monkeypatch, tmp_path):
+    """A cache of 30 GiB that torch counts all the time, mapped while sampling alone."""
+    cuda, asleep = FakeCuda(), [30]
+    cuda.current = {"allocated": 30 + 5, "reserved": 30 + 8}
+    cuda.peak = dict(cuda.current)
+    cuda.free = 80 - 8 - 2  # two are somebody else's
+    monkeypatch.setattr("grpo.ledger._cuda", lambda: cuda)
+    meter = MemoryMeter(tmp_path)
+    meter.synchronize, meter.mark = lambda: None, lambda: None
+    meter.unmapped = lambda: asleep[0] * GIB
+    meter.peaks()
+    ledger = Ledger(meter=meter)
+    with ledger.phase("rollout"):
+        with ledger.phase("wake"):
+            asleep[0], cuda.free = 0, cuda.free - 30
+        cuda.peak = {"allocated": 30 + 6, "reserved": 30 + 8}
+        with ledger.phase("sleep"):
+            asleep[0], cuda.free = 30, cuda.free + 30
+    with ledger.phase("update"):
+        cuda.peak = {"allocated": 30 + 7, "reserved": 30 + 9}
+    row = ledger.take()
+    assert [row[f"phase/{name}/peak_gib"] for name in ("wake", "rollout", "sleep", "update")] == [35.0, 36.0, 35.0, 7.0]
+    assert [row[f"phase/{name}/reserved_gib"] for name in ("rollout", "update")] == [38.0, 9.0]
+    assert [row[f"phase/{name}/others_gib"] for name in ("wake", "rollout", "sleep", "update")] == [2.0] * 4
+
+
 def test_a_meter_gives_its_files_back():
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):

@@ -93,6 +93,9 @@ class RolloutEngine(Protocol):
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Teacher-forced log-probs at temperature 1 of every token but the first, for consistency probes."""
 
+    def unmapped_bytes(self) -> int:
+        """Bytes that torch counts as allocated although they are not on the device now."""
+
     def release(self) -> None:
         """The run is over: leave nothing behind elsewhere (adapters on servers). Sampling may go on after it."""
 

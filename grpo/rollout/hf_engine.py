@@ -60,6 +60,10 @@ class HFEngine:
         self.policy_version += 1
         return SyncReport(self.policy_version, 0, 0.0)
 
+    def unmapped_bytes(self) -> int:
+        """None: nothing sleeps here."""
+        return 0
+
     def release(self) -> None:
         """Nothing is elsewhere."""
 

@@ -130,6 +130,10 @@ class ServerEngine:
         """Servers are always awake: their memory is not the trainer's."""
         yield
 
+    def unmapped_bytes(self) -> int:
+        """None: nothing sleeps here."""
+        return 0
+
     def release(self) -> None:
         """As `close`; the next `load_weights` sends the adapter again."""
         self.close()

@@ -42,6 +42,7 @@ from grpo.rollout.vllm_weights import (
     pool_bytes,
     set_adapter,
     share_base,
+    unmapped_bytes,
 )
 from grpo.seeds import generators_kept
 from grpo.sizes import format_bytes
@@ -107,6 +108,7 @@ class VLLMEngine:
         self._adapter: Any = None  # the LoRARequest of the present version
         self._syncs = 0
         self._cache_mapped = True
+        self._unmapped = 0
         self._awake = False
         self._llm = _start(options)
         if options.share_weights:
@@ -210,6 +212,10 @@ class VLLMEngine:
         """Bytes the engine's pools hold on the device now, by tag ("weights", "kv_cache")."""
         return pool_bytes()
 
+    def unmapped_bytes(self) -> int:
+        """Of the KV cache, and of weights that sleep too."""
+        return self._unmapped
+
     def release(self) -> None:
         """Nothing is elsewhere."""
 
@@ -309,6 +315,7 @@ class VLLMEngine:
                 f"the rollout engine did not wake up ({', '.join(tags or ['all'])}; {_free_memory()}; want a smaller "
                 f"rollout.kv_cache or update.max_tokens_per_batch): {clip(error, 200)}"
             ) from error
+        self._unmapped = unmapped_bytes()
 
     def _sleep(self) -> None:
         if not self._cache_mapped:
@@ -318,6 +325,7 @@ class VLLMEngine:
         torch.cuda.synchronize()
         self._llm.sleep(level=self._level)
         self._cache_mapped = False
+        self._unmapped = unmapped_bytes()
 
 
 def _start(options: VLLMOptions) -> Any:

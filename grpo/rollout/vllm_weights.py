@@ -249,6 +249,13 @@ def pool_bytes() -> dict[str, int]:
     return found
 
 
+def unmapped_bytes() -> int:
+    """Bytes of the engine's pools that are not on the device now; torch goes on counting them."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    return sum(data.handle[1] for data in CuMemAllocator.get_instance().pointer_to_data.values() if data.is_asleep)
+
+
 def check_rank(r: int, allowed: Iterable[int]) -> int:
     """The smallest rank the engine can be built for that holds `r`. Raises `InputError`."""
     fitting = [rank for rank in allowed if rank >= r]

@@ -96,6 +96,7 @@ class GRPOTrainer(BaseTrainer):
         self.stop_token_ids = parts.stop_token_ids
         self.engine: RolloutEngine = parts.engine
         self.engine.phase = self.ledger.phase
+        self.ledger.meter.unmapped = self.engine.unmapped_bytes
         self.engine.progress = lambda done, total: self.view.progress(done, total) if self.view else None
         self.last_sync: SyncReport | None = None
         self.advantage_knobs, self.loss_knobs = split_knobs(self.config)

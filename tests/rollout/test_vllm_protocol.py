@@ -28,6 +28,7 @@ from tests.rollout.test_vllm_weights import EngineModel, LoRAModel, PEFTHelper, 
 from tests.tiny import tiny_model
 
 STOP = 1
+SIZES = {"weights": 300, "kv_cache": 7000}
 SAMPLING = Sampling(3, 5, 1.0, 1.0, 0, 0.0, (STOP,), 7)
 OPTIONS = VLLMOptions("folder", "float32", 64, 8, 2**30, adapter_rank=4)
 
@@ -36,6 +37,7 @@ class LLM:
     """`vllm.LLM` as far as the engine uses it. `events` tells what happened; `faults` what goes wrong next."""
 
     def __init__(self, **arguments):
+        LLM.last = self
         self.arguments, self.events, self.faults = arguments, [], {}
         self.asleep, self.cached, self.served = set(), set(), []
         random.seed(0), np.random.seed(0), torch.manual_seed(0)  # the real one seeds the process twice
@@ -158,6 +160,7 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm_engine, "torch", TorchWithCUDA())
     monkeypatch.setattr(vllm_engine, "kv_only_sleep", lambda: "KV alone")
+    monkeypatch.setattr(vllm_engine, "unmapped_bytes", lambda: sum(SIZES[tag] for tag in LLM.last.asleep))
     return modules["vllm"]
 
 
@@ -279,7 +282,7 @@ def test_an_interrupted_generation_leaves_no_request_and_the_engine_goes_on(vllm
     with engine.awake():
         engine.load_weights(policy)
         engine._llm.faults["generate"] = fault
-        with pytest.raises(kind, match=line):
+        with pytest.raises(kind, match=line or None):
             engine.generate(prompts(), SAMPLING)
         assert "abort 12" in engine._llm.events
         again = engine.generate(prompts(), SAMPLING)
@@ -389,3 +392,14 @@ def test_sharing_needs_an_engine_that_keeps_its_weights(vllm):
     assert engine._llm.worker._sleep_mode_backend == "KV alone"
     assert engine.share_base(tiny_model(), torch.device("cpu")).own == ()
     assert vllm_weights.engine_views(engine._model(), tiny_model().named_parameters())
+
+
+@pytest.mark.parametrize(("share", "asleep"), [(True, 7000), (False, 7300)])
+def test_what_sleeps_is_known_to_whoever_counts_memory(vllm, policy, share, asleep):
+    engine = make(share_weights=share)
+    assert engine.unmapped_bytes() == asleep
+    with engine.awake():
+        assert engine.unmapped_bytes() == 7000  # the weights are back, or never left
+        engine.load_weights(policy)
+        assert engine.unmapped_bytes() == 0
+    assert engine.unmapped_bytes() == asleep
