@@ -52,6 +52,9 @@ _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # an engine's adapter slots hav
 _NO_PATH = "/nonexistent/leangrpo-adapter"  # adapters are set in memory: being asked for a path must fail loudly
 
 
+_LIVE: set[VLLMEngine] = set()  # not closed; a process can hold one, since vLLM's pool of weights is one
+
+
 @dataclass(frozen=True)
 class VLLMOptions:
     """What an engine is started with.
@@ -111,6 +114,7 @@ class VLLMEngine:
         self._unmapped = 0
         self._awake = False
         self._llm = _start(options)
+        _LIVE.add(self)
         if options.share_weights:
             self._worker()._sleep_mode_backend = kv_only_sleep()
         # Level 2 forgets adapter slots, level 1 keeps everything in host memory.
@@ -226,6 +230,7 @@ class VLLMEngine:
         self._abort()
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
+        _LIVE.discard(self)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -331,6 +336,11 @@ class VLLMEngine:
 def _start(options: VLLMOptions) -> Any:
     """The engine, awake. The process's generators and matmul precision stay as they were."""
     check_vllm()
+    if _LIVE:
+        raise InputError(
+            "rollout.engine is 'vllm' but this process has an engine already (want one trainer a process, or the first "
+            "one's engine.close())"
+        )
     free, total = torch.cuda.mem_get_info()
     arguments: dict[str, Any] = {
         "model": options.source,

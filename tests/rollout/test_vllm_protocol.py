@@ -130,6 +130,13 @@ class SamplingParams(SimpleNamespace):
         super().__init__(**{"seed": None, "prompt_logprobs": None, **values})
 
 
+class NoneLive(set):
+    """Lets a test make as many engines as it likes."""
+
+    def __bool__(self):
+        return False
+
+
 class TorchWithCUDA:
     """torch for the engine's file alone: a device with 60 of 80 GiB free."""
 
@@ -159,6 +166,7 @@ def vllm(monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm_engine, "torch", TorchWithCUDA())
+    monkeypatch.setattr(vllm_engine, "_LIVE", NoneLive())
     monkeypatch.setattr(vllm_engine, "kv_only_sleep", lambda: "KV alone")
     monkeypatch.setattr(vllm_engine, "unmapped_bytes", lambda: sum(SIZES[tag] for tag in LLM.last.asleep))
     return modules["vllm"]
@@ -403,3 +411,14 @@ def test_what_sleeps_is_known_to_whoever_counts_memory(vllm, policy, share, asle
         engine.load_weights(policy)
         assert engine.unmapped_bytes() == 0
     assert engine.unmapped_bytes() == asleep
+
+
+def test_a_process_holds_one_engine(vllm, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "_LIVE", set())
+    first = make()
+    with pytest.raises(InputError, match="this process has an engine already"):
+        make()
+    first.close()
+    first.close()
+    assert first._llm is None
+    make()
