@@ -19,7 +19,7 @@ from .test_sandbox import MISSING
 
 SECRET = "expected-5417"
 OUTSIDE = Path(tempfile.gettempdir()) / f"rewards_hostile_{os.getpid()}"
-PORT = 47_631
+PORT = 47_631 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])  # tests that run side by side look for their own
 EVIL = "class E:\n    def __eq__(self, o): return True\n    __hash__ = None\n"
 FRAME = (
     "import gc, os, struct, sys\n"
