@@ -3,7 +3,8 @@
     python -m profiling.bench_rewards [--completions 512] [--output FILE]
 
 Prints JSON: milliseconds per completion of `score` with one function that does nothing, for the sample and the batch
-form; and of `rewards.worker`: a warm call, a cold start, the first answer after a kill with and without a spare.
+form; of `rewards.worker`: a warm call, a cold start, the first answer after a kill with and without a spare; and of the
+worker that a run puts a reward function into.
 Left out: GPU rewards, and functions that do something.
 """
 
@@ -30,6 +31,13 @@ TEXT = "so the answer is 42. " * 50  # 1,050 characters
 
 def nothing(completion: str, answer: str) -> float:
     """The sample form."""
+    return 1.0
+
+
+def hangs_at_will(completion: str, hang: bool) -> float:
+    """Never ends where the row says so."""
+    while hang:
+        pass
     return 1.0
 
 
@@ -89,6 +97,30 @@ def bench_worker() -> dict[str, float]:
     return found
 
 
+def bench_reward_worker() -> dict[str, float]:
+    """Milliseconds of a run's own reward worker: one completion judged warm, and the first after one that hung."""
+    spec = RewardSpec("profiling.bench_rewards:hangs_at_will", where="process", max_concurrency=1, timeout_s=0.5)
+    rewards = load_rewards([spec], None, ["prompt", "hang"])
+    completion = Completion([1, 2], [-1.0, -1.0], "stop", TEXT)
+
+    def judge(hang: bool) -> float:
+        rollouts = Rollouts([Prompt(0, [1], {"prompt": TEXT, "hang": hang})], [[completion]], 0)
+        start = time.perf_counter()
+        (value,) = score(rollouts, rewards, step=1, max_steps=1, on_error="none").rewards[0]
+        assert value == (None if hang else 1.0)
+        return 1e3 * (time.perf_counter() - start)
+
+    judge(False)
+    found = {"one completion, warm": round(statistics.median(judge(False) for _ in range(200)), 3)}
+    after = []
+    for _ in range(5):
+        judge(True)
+        after.append(judge(False))
+        time.sleep(0.3)
+    close_pools(rewards)
+    return found | {"one completion, after a kill (the worst of five)": round(max(after), 3)}
+
+
 def _after_kill(pool: Pool) -> float:
     try:
         pool.call([60])
@@ -114,6 +146,7 @@ def main() -> None:
         "completions": options.completions,
         "score, ms per completion": bench_score(options.completions),
         "rewards.worker, ms": bench_worker(),
+        "a run's reward worker, ms": bench_reward_worker(),
     }
     text = json.dumps(result, indent=1)
     print(text)
