@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shlex
+import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 from grpo.batch import Completion, Prompt, Rollouts
 from grpo.scoring import RewardSpec, close_pools, load_rewards, score
+from profiling.measure import environment
 from rewards.worker import Pool, WorkerTimeout
 
 GROUP = 8
@@ -140,9 +139,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     result = {
-        "command": shlex.join(["python", "-m", "profiling.bench_rewards", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "cpu": platform.processor() or platform.machine(),
+        "environment": environment("cpu"),
+        "cores": os.cpu_count(),
         "completions": options.completions,
         "score, ms per completion": bench_score(options.completions),
         "rewards.worker, ms": bench_worker(),
