@@ -179,7 +179,7 @@ def run_demo(
     if holds_demo(output_dir):
         raise InputError(f"{output_dir}: holds a run (want --output-dir NEW, or remove it)")
     if engine == "vllm":
-        from grpo.rollout.vllm_engine import check_vllm
+        from grpo.rollout.vllm_start import check_vllm
 
         check_vllm()
     import torch

@@ -131,7 +131,8 @@ def build(size: Size, folder: Path, tokenizer: Any, device: torch.device) -> tup
     where = ModelConfig(name_or_path=str(folder), dtype="float32" if size.toy else "bfloat16", device="cpu")
     facts: dict[str, Any] = {"used_before_bytes": used_bytes(device)}
     if device.type == "cuda":
-        from grpo.rollout.vllm_engine import VLLMEngine, VLLMOptions
+        from grpo.rollout.vllm_engine import VLLMEngine
+        from grpo.rollout.vllm_start import VLLMOptions
 
         start = time.perf_counter()
         engine: Any = VLLMEngine(

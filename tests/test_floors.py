@@ -48,7 +48,7 @@ TALKERS = ["grpo.cli", "grpo.__main__", "grpo.demo"]
 # reward_isolation compares the environment before and after a reward; it takes no value from it. rewards.worker hands
 # an allowlist of it on to its processes.
 # vLLM takes some of its settings from the environment alone, when it is first imported.
-ENVIRONMENT_READERS = [*TALKERS, "grpo.reward_isolation", "rewards.worker", "grpo.rollout.vllm_engine"]
+ENVIRONMENT_READERS = [*TALKERS, "grpo.reward_isolation", "rewards.worker", "grpo.rollout.vllm_start"]
 PRINTERS = [*TALKERS, "grpo.trainer.metrics", "grpo.trainer.console"]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 

@@ -7,7 +7,6 @@
 
 The engine is started before the trainer's model is built: with a shared base the model's frozen weights are views of
 the engine's. The order inside `awake()` is weights, sync, KV cache, probe, so the sync never competes with the cache.
-vLLM pins torch exactly and changes its inside between versions, so one version is accepted and another is refused.
 Left out: several GPUs for one engine, vision inputs, and 4-bit weights shared with the trainer (a second copy is held).
 """
 
@@ -15,11 +14,9 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,13 +27,12 @@ from grpo.batch import Prompt, Rollouts
 from grpo.errors import InputError, RunError, clip
 from grpo.model.adapter import adapter_modules
 from grpo.model.policy import Policy
-from grpo.plan_rollout import BATCHED_TOKENS
 from grpo.rollout.completions import to_completions
 from grpo.rollout.engine import Phase, Progress, Sampling, SyncReport, unbilled, unseen
 from grpo.rollout.probe import WeightProbe
+from grpo.rollout.vllm_start import VLLMOptions, free_memory, start
 from grpo.rollout.vllm_weights import (
     Shared,
-    check_rank,
     copy_weights,
     kv_only_sleep,
     pool_bytes,
@@ -45,39 +41,11 @@ from grpo.rollout.vllm_weights import (
     unmapped_bytes,
 )
 from grpo.seeds import generators_kept
-from grpo.sizes import format_bytes
 
-TESTED = "0.26.0"
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # an engine's adapter slots have one of these
 _NO_PATH = "/nonexistent/leangrpo-adapter"  # adapters are set in memory: being asked for a path must fail loudly
 
 
 _LIVE: set[VLLMEngine] = set()  # not closed; a process can hold one, since vLLM's pool of weights is one
-
-
-@dataclass(frozen=True)
-class VLLMOptions:
-    """What an engine is started with.
-
-    `source` is a folder or hub id of full weights; `adapter_rank` None means full fine-tuning; `adapter_targets` are
-    the last parts of the adapted modules' names; `kv_cache_bytes` is the budget of the KV cache and `kv_cache_room` the
-    largest that should fit (planner.py), named when the engine does not start. With `share_weights` sleep keeps the
-    weights on the GPU, for `share_base`.
-    """
-
-    source: str
-    dtype: str
-    max_length: int
-    max_sequences: int
-    kv_cache_bytes: int
-    adapter_rank: int | None = None
-    adapter_targets: tuple[str, ...] = ()
-    kv_cache_room: int = 0
-    share_weights: bool = False
-    load_in_4bit: bool = False
-    cuda_graphs: bool = True
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 class VLLMEngine:
@@ -113,7 +81,7 @@ class VLLMEngine:
         self._cache_mapped = True
         self._unmapped = 0
         self._awake = False
-        self._llm = _start(options)
+        self._llm = _only_one(options)
         _LIVE.add(self)
         if options.share_weights:
             self._worker()._sleep_mode_backend = kv_only_sleep()
@@ -317,7 +285,7 @@ class VLLMEngine:
             self._llm.wake_up(tags)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise RunError(
-                f"the rollout engine did not wake up ({', '.join(tags or ['all'])}; {_free_memory()}; want a smaller "
+                f"the rollout engine did not wake up ({', '.join(tags or ['all'])}; {free_memory()}; want a smaller "
                 f"rollout.kv_cache or update.max_tokens_per_batch): {clip(error, 200)}"
             ) from error
         self._unmapped = unmapped_bytes()
@@ -331,81 +299,6 @@ class VLLMEngine:
         self._llm.sleep(level=self._level)
         self._cache_mapped = False
         self._unmapped = unmapped_bytes()
-
-
-def _start(options: VLLMOptions) -> Any:
-    """The engine, awake. The process's generators and matmul precision stay as they were."""
-    check_vllm()
-    if _LIVE:
-        raise InputError(
-            "rollout.engine is 'vllm' but this process has an engine already (want one trainer a process, or the first "
-            "one's engine.close())"
-        )
-    free, total = torch.cuda.mem_get_info()
-    arguments: dict[str, Any] = {
-        "model": options.source,
-        "revision": options.revision,
-        "trust_remote_code": options.trust_remote_code,
-        "dtype": options.dtype,
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "max_model_len": options.max_length,
-        "max_num_seqs": options.max_sequences,
-        "max_num_batched_tokens": max(BATCHED_TOKENS, options.max_sequences),
-        "logprobs_mode": "processed_logprobs",
-        "enable_sleep_mode": True,
-        "enable_prefix_caching": True,
-        "enforce_eager": not options.cuda_graphs,
-        # The check at start asks for this share of the card to be free, whatever the cache is given.
-        "gpu_memory_utilization": max(0.01, int(free / total * 1000 - 5) / 1000),
-        "kv_cache_memory_bytes": options.kv_cache_bytes,
-    }
-    if options.adapter_rank is not None:
-        arguments |= {
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": check_rank(options.adapter_rank, _RANKS),
-            "lora_target_modules": list(options.adapter_targets) or None,
-        }
-    if options.load_in_4bit:
-        arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
-    else:  # the head's products in float32, as the trainer forms them
-        arguments["hf_overrides"] = {"head_dtype": "float32"}
-    precision = torch.get_float32_matmul_precision()
-    try:
-        with generators_kept():
-            from vllm import LLM
-
-            return LLM(**arguments)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"rollout.engine is 'vllm', which did not start with a KV cache of {format_bytes(options.kv_cache_bytes)} "
-            f"({_free_memory()}, about {format_bytes(max(0, options.kv_cache_room))} of it for the cache; want less "
-            f"rollout.kv_cache or rollout.max_sequences): {clip(error, 300)}"
-        ) from error
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def check_vllm() -> None:
-    """Raise `InputError` where vLLM cannot run: no CUDA device, absent, or another version than the tested one."""
-    if not torch.cuda.is_available():
-        raise InputError("rollout.engine is 'vllm' but there is no CUDA device (want rollout.engine: hf)")
-    # vLLM reads these when it is first imported and has no other way to be told.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise InputError("VLLM_ENABLE_V1_MULTIPROCESSING is set (want 0: the engine shares memory with the trainer)")
-    try:
-        import vllm
-    except ImportError as error:
-        raise InputError(
-            f"rollout.engine is 'vllm' but vllm cannot be imported: {clip(error, 200)} (want vllm {TESTED}: "
-            "pip install 'leangrpo[vllm]', or rollout.engine: hf)"
-        ) from error
-    if vllm.__version__.split("+")[0] != TESTED:
-        raise InputError(f"vllm is {vllm.__version__} (want {TESTED}, the version the vllm engine was tested with)")
 
 
 def _parameters(sampling: Sampling, seed: int) -> Any:
@@ -463,6 +356,11 @@ class _Bar:
         pass
 
 
-def _free_memory() -> str:
-    free, total = torch.cuda.mem_get_info()
-    return f"{format_bytes(free)} of {format_bytes(total)} free"
+def _only_one(options: VLLMOptions) -> Any:
+    """The engine, awake. Raises `InputError` where this process holds another."""
+    if _LIVE:
+        raise InputError(
+            "rollout.engine is 'vllm' but this process has an engine already (want one trainer a process, or the first "
+            "one's engine.close())"
+        )
+    return start(options)

@@ -29,7 +29,7 @@ from grpo.rollout.probe import WeightProbe
 from grpo.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from grpo.rollout.vllm_engine import VLLMOptions
+    from grpo.rollout.vllm_start import VLLMOptions
 
 MakePolicy = Callable[[nn.Module], Policy]
 
@@ -88,7 +88,8 @@ def _vllm(
     say: Callable[[str], None],
     make_policy: MakePolicy,
 ) -> tuple[RolloutEngine, Policy]:
-    from grpo.rollout.vllm_engine import VLLMEngine, check_vllm
+    from grpo.rollout.vllm_engine import VLLMEngine
+    from grpo.rollout.vllm_start import check_vllm
 
     check_vllm()  # before anything is loaded
     adapter = peft_config if peft_config is not None else config.adapter
@@ -134,7 +135,7 @@ def _on_gpu(model: nn.Module | None) -> bool:
 
 
 def _options(config: GRPOConfig, source: str, hf_config: Any, loaded: bool) -> VLLMOptions:
-    from grpo.rollout.vllm_engine import VLLMOptions
+    from grpo.rollout.vllm_start import VLLMOptions
 
     return VLLMOptions(
         source=source,

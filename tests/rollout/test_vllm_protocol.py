@@ -20,10 +20,11 @@ from grpo.demo import make_tokenizer
 from grpo.errors import InputError, RunError
 from grpo.model.adapter import adapter_modules, add_adapter, base_of
 from grpo.model.policy import Policy
-from grpo.rollout import vllm_engine, vllm_weights
+from grpo.rollout import vllm_engine, vllm_start, vllm_weights
 from grpo.rollout.engine import Sampling
 from grpo.rollout.probe import WeightProbe, policy_scores
-from grpo.rollout.vllm_engine import VLLMEngine, VLLMOptions
+from grpo.rollout.vllm_engine import VLLMEngine
+from grpo.rollout.vllm_start import VLLMOptions
 from tests.rollout.test_vllm_weights import EngineModel, LoRAModel, PEFTHelper, Slots
 from tests.tiny import tiny_model
 
@@ -165,7 +166,8 @@ def vllm(monkeypatch):
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(vllm_engine, "torch", TorchWithCUDA())
+    for module in (vllm_engine, vllm_start):
+        monkeypatch.setattr(module, "torch", TorchWithCUDA())
     monkeypatch.setattr(vllm_engine, "_LIVE", NoneLive())
     monkeypatch.setattr(vllm_engine, "kv_only_sleep", lambda: "KV alone")
     monkeypatch.setattr(vllm_engine, "unmapped_bytes", lambda: sum(SIZES[tag] for tag in LLM.last.asleep))
@@ -377,7 +379,7 @@ def test_other_versions_and_machines_without_cuda_are_refused(vllm, monkeypatch)
         make()
     vllm.__version__ = "0.26.0+cu130"
     make()
-    monkeypatch.setattr(vllm_engine.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(vllm_start.torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="there is no CUDA device"):
         make()
 

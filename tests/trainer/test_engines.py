@@ -11,7 +11,7 @@ from grpo.config import GRPOConfig
 from grpo.demo import make_tokenizer
 from grpo.errors import InputError
 from grpo.model.policy import Policy
-from grpo.rollout import vllm_engine
+from grpo.rollout import vllm_engine, vllm_start
 from grpo.rollout.hf_engine import HFEngine
 from grpo.rollout.vllm_weights import share_base
 from grpo.trainer import engines
@@ -42,7 +42,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(vllm_engine, "VLLMEngine", Recorder)
-    monkeypatch.setattr(vllm_engine, "check_vllm", lambda: None)
+    monkeypatch.setattr(vllm_start, "check_vllm", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * GIB, 80 * GIB))
 
 
@@ -152,5 +152,5 @@ def test_sizes_of_the_cache(folder, recorder):
 
 
 def test_options_know_every_knob_that_vllm_has():
-    names = {field.name for field in dataclasses.fields(vllm_engine.VLLMOptions)}
+    names = {field.name for field in dataclasses.fields(vllm_start.VLLMOptions)}
     assert {"source", "dtype", "cuda_graphs", "load_in_4bit", "revision", "trust_remote_code"} <= names
