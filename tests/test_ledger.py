@@ -1,6 +1,6 @@
 """The ledger against a fake clock, a scripted meter, and real memory."""
 
-import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -419,9 +419,10 @@ def test_with_a_device_the_peak_is_the_device_s():
 
 
 def touch(mib):
-    """Allocate and write `mib` MiB that the allocator gives back to the system when freed."""
-    buffer = ctypes.create_string_buffer(mib * MIB)
-    ctypes.memset(buffer, 1, mib * MIB)
+    """`mib` MiB of new pages, written to, that go back to the system when freed; malloc may have old ones at hand."""
+    buffer = mmap.mmap(-1, mib * MIB)
+    for page in range(0, mib * MIB, mmap.PAGESIZE):
+        buffer[page] = 1
     return buffer
 
 
