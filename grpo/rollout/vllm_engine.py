@@ -161,7 +161,7 @@ class VLLMEngine:
         outputs = self._run(
             [prompt.token_ids for prompt, _ in requests],
             [_parameters(sampling, sampling.seed_of(prompt, g)) for prompt, g in requests],
-            use_tqdm=partial(_Bar, self.progress),
+            use_tqdm=partial(_bar, self.progress),
         )
         found = [_answer(output) for output in outputs]
         completions = to_completions(found, sampling, self.tokenizer)
@@ -334,10 +334,15 @@ def _end_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _bar(progress: Progress, iterable: Any = None, **display: Any) -> Any:
+    """vLLM's `use_tqdm`: called around the prompts it prepares, which takes no time worth showing, then for the requests."""
+    return _Bar(progress, display["total"]) if iterable is None else iterable
+
+
 class _Bar:
     """What `LLM.generate` asks of a tqdm bar, told on to `progress(done, total)`."""
 
-    def __init__(self, progress: Progress, total: int, **display: Any) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self._progress, self._start = progress, time.monotonic()
         self.total, self.n, self.postfix = total, 0, ""
 

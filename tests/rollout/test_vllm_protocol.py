@@ -87,6 +87,7 @@ class LLM:
         self.llm_engine.output_processor.request_states = {str(i): None for i in range(len(prompts))}
         if error := self.faults.pop("generate", None):
             raise error
+        prompts = list(use_tqdm(prompts, desc="Rendering prompts") if use_tqdm else prompts)
         bar = use_tqdm(total=len(prompts), desc="") if use_tqdm else None
         self.served += [(lora_request, p) for p in parameters]
         outputs = []
