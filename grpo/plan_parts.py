@@ -26,6 +26,7 @@ from grpo.optim import state_bytes
 Parts = dict[str, int]  # bytes by the name of what takes them
 
 CUBLAS_WORKSPACE = 32 * 2**20  # torch's on Hopper and newer; 8.1 MiB on older cards
+CUDA_GRAPHS = "CUDA graphs"  # a part that torch's allocator does not count
 CUDA_CONTEXT = 600 * 2**20  # context and loaded kernels, outside torch's count: 450 to 600 MiB on an H100
 _NF4_TABLES = 16 * 4 + 256 * 4 + 4  # code, absmax_code, offset of one matrix
 

@@ -3,8 +3,9 @@
 hf     decode: cache of B sequences of P + R tokens, one layer of it twice (it grows by concatenation), keys and values
        of one layer repeated to all query heads, and 24·B·V of logits (float32 twice, float64 twice: `sample`);
        prefill: the distinct prompts, padded to one length, through one layer with a mask.
-vllm   cache as `rollout.kv_cache` says, weights of its own unless shared, and a working set: int32 penalty table and
-       three float32 logits [sequences, V], activations of one scheduler step, and an allowance for graphs and the like.
+vllm   cache as `rollout.kv_cache` says, weights of its own unless shared; the larger of three float32 logits
+       [sequences, V] and the activations of one scheduler step; asleep too: an int32 penalty table [sequences, V],
+       the adapter's slot, buffers, and CUDA graphs (two of each size and layer with an adapter).
 server nothing here.
 Left out: prefix sharing in vLLM's cache (it makes the cache smaller), speculative decoding.
 """
@@ -16,13 +17,14 @@ from typing import Any
 
 from grpo.config import GRPOConfig
 from grpo.errors import InputError
-from grpo.plan_parts import ModelFacts, Parts, weight_bytes
+from grpo.plan_parts import CUDA_GRAPHS, ModelFacts, Parts, weight_bytes
 from grpo.plan_update import Bin, Pass, Path
 from grpo.sizes import format_bytes, parse_bytes
 
 BATCHED_TOKENS = 8192  # of one scheduler step of vLLM: what the engine is started with
-_GRAPHS = int(1.4 * 2**30)  # CUDA graphs and compiled kernels: measured, Qwen3-1.7B shape, LoRA, 512 sequences
-_EAGER = int(0.5 * 2**30)
+_GRAPH = 174_000  # bytes of one layer in one captured graph: 0.49 GiB for 108 graphs of 28 layers
+_BUFFERS = int(0.2 * 2**30)  # the engine's own input and state buffers, measured with 128 sequences
+_LARGEST_GRAPH = 512  # sequences
 _KV_MARGIN = 1.05  # blocks that are not full
 
 
@@ -72,12 +74,31 @@ def logit_bytes(rows: int, vocabulary: int) -> int:
     return rows * vocabulary * (4 + 4 + 8 + 8)
 
 
-def engine_working_set(config: GRPOConfig, facts: ModelFacts) -> int:
-    """vLLM beside weights and cache; it stays while the engine sleeps."""
+def engine_resident(config: GRPOConfig, facts: ModelFacts) -> Parts:
+    """vLLM beside weights and cache, asleep too."""
+    w, rollout = facts.widths, config.rollout
+    slot = facts.counts.trained * facts.element if facts.adapted else 0
+    parts = {"engine": rollout.max_sequences * w.vocabulary * 4 + slot + _BUFFERS}
+    if rollout.cuda_graphs:
+        parts[CUDA_GRAPHS] = num_graphs(rollout.max_sequences, adapted=facts.adapted) * w.layers * _GRAPH
+    return parts
+
+
+def engine_sampling(config: GRPOConfig, facts: ModelFacts) -> int:
+    """What vLLM takes beside that while it samples: logits, or one scheduler step's activations before them."""
     w, sequences = facts.widths, config.rollout.max_sequences
     step = min(BATCHED_TOKENS, sequences * (config.data.max_prompt_length + config.rollout.max_completion_length))
-    activations = step * (4 * w.hidden + 2 * w.queries + 2 * w.mlp) * 2
-    return sequences * w.vocabulary * (4 + 3 * 4) + activations + (_GRAPHS if config.rollout.cuda_graphs else _EAGER)
+    return max(sequences * w.vocabulary * 3 * 4, step * (2 * w.hidden + 2 * w.mlp) * 2)
+
+
+def num_graphs(sequences: int, *, adapted: bool) -> int:
+    """Graphs that vLLM captures: of mixed batches up to twice `sequences`, and of decoding; with an adapter also
+    without it."""
+
+    def sizes(most: int) -> int:
+        return sum(size <= most for size in (1, 2, 4, *range(8, 256, 8), *range(256, _LARGEST_GRAPH + 1, 16)))
+
+    return (sizes(2 * sequences) + sizes(sequences)) * (2 if adapted else 1)
 
 
 def engine_weights(config: GRPOConfig, facts: ModelFacts) -> int:
@@ -116,4 +137,5 @@ def kv_cache_of(config: GRPOConfig, facts: ModelFacts, kv_per_token: int, free: 
 
 def cache_room(config: GRPOConfig, facts: ModelFacts, free: int) -> int:
     """What the cache may take of `free` bytes beside the engine's weights and working set; 5 % stay for gaps."""
-    return int(free * 0.95) - engine_weights(config, facts) - engine_working_set(config, facts)
+    stays = sum(engine_resident(config, facts).values())
+    return int(free * 0.95) - engine_weights(config, facts) - stays - engine_sampling(config, facts)

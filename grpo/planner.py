@@ -3,7 +3,7 @@
     plan = grpo.plan(GRPOConfig.from_file("run.yaml"), gpu="24GB")
     plan.fits, plan.peak.name, plan.peak.parts          # False, "backward", {"weights": 16060522496, …}
 
-A phase's bytes are what torch's allocator counts at its peak, as in the ledger; the CUDA context and 5 % for the gaps
+A phase's bytes are what torch's allocator counts at its peak, as in the ledger, and CUDA graphs; the CUDA context and 5 % for the gaps
 of the allocator come on top before a card is said to be large enough. The formulas are in plan_parts.py (what stays),
 plan_update.py (a bin) and plan_rollout.py (sampling); advice and text in plan_report.py.
 Left out: several GPUs, share_prompts (a bin holds as many rows), evaluation on longer prompts than training has.
@@ -22,6 +22,7 @@ from grpo.model.host_arena import available_host_bytes
 from grpo.model.load import load_model_config
 from grpo.plan_parts import (
     CUDA_CONTEXT,
+    CUDA_GRAPHS,
     Facts,
     ModelFacts,
     Parts,
@@ -35,8 +36,9 @@ from grpo.plan_parts import (
 from grpo.plan_rollout import (
     Sequences,
     cache_room,
+    engine_resident,
+    engine_sampling,
     engine_weights,
-    engine_working_set,
     hf_parts,
     kv_cache_of,
     usable_kv_cache,
@@ -117,9 +119,9 @@ class Plan:
         return found[name]
 
     def bytes_of(self, name: str) -> int | None:
-        """Peak of a phase as the ledger calls it: its "update" is forward, backward and optimizer."""
+        """Peak of a phase as the ledger has it: "update" is forward, backward and optimizer; CUDA graphs not counted."""
         names = ("forward", "backward", "optimizer") if name == "update" else (name,)
-        found = [phase.bytes for phase in self.phases if phase.name in names]
+        found = [phase.bytes - phase.parts.get(CUDA_GRAPHS, 0) for phase in self.phases if phase.name in names]
         return max(found, default=None)
 
 
@@ -221,7 +223,7 @@ class Planner:
         """What is there before the first step and stays."""
         parts = resident_parts(facts, config)
         if isinstance(config, GRPOConfig) and config.rollout.engine == "vllm":
-            parts["engine"] = engine_working_set(config, facts)
+            parts |= engine_resident(config, facts)
         return parts
 
     def _phases(self, config: RunConfig, facts: ModelFacts, resident: Parts, bin_: Bin) -> tuple[Phase, ...]:
@@ -229,9 +231,14 @@ class Planner:
         held = resident | state
         one = Pass(facts, Path.of(config, facts), bin_)
         matrix = max(facts.counts.packed, default=0) * facts.element if config.model.load_in_4bit else 0
-        phases = [Phase("load", resident | ({"one matrix before packing": matrix} if matrix else {}))]
+        loading = {"one matrix before packing": matrix} if matrix else {}
+        phases = [Phase("load", resident | loading)]
         if isinstance(config, GRPOConfig):
-            phases += [Phase("rollout", held | self._rollout(config, facts, held)), Phase("score", held)]
+            rollout = Phase("rollout", held | self._rollout(config, facts, held))
+            if config.rollout.engine == "vllm":  # it starts awake, and samples once for practice
+                started = {name: size for name, size in rollout.parts.items() if name not in state}
+                phases = [Phase("load", started | loading)]
+            phases += [rollout, Phase("score", held)]
             if config.objective.beta > 0:
                 phases.append(Phase("reference", held | one.forward(gradient=False)))
         several = documents_per_step(config) * longest_document(config) > bin_.tokens
@@ -259,10 +266,12 @@ class Planner:
             return hf_parts(facts, Path.of(config, facts), per_token, Sequences.of(config))
         if config.rollout.engine == "server":
             return {}
-        own = {"engine weights": size} if (size := engine_weights(config, facts)) else {}  # they leave when it sleeps
+        own = {"sampling": engine_sampling(config, facts)}
+        if size := engine_weights(config, facts):
+            own["engine weights"] = size  # they leave when it sleeps
         if self.gpu is None:
             return own | {"KV cache": usable_kv_cache(config, per_token)}
-        beside = sum(size for name, size in held.items() if not name.startswith("engine"))
+        beside = sum(size for name, size in held.items() if name not in ("engine", CUDA_GRAPHS))
         room = max(0, int(((self.gpu - CUDA_CONTEXT) / (1 + SLACK) - beside) / (1 - SLACK)))
         try:
             return own | {"KV cache": kv_cache_of(config, facts, per_token, room, self.gpu)}

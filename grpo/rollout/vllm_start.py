@@ -75,8 +75,6 @@ def start(options: VLLMOptions) -> Any:
             "max_loras": 1,
             "max_lora_rank": check_rank(options.adapter_rank, _RANKS),
             "lora_target_modules": list(options.adapter_targets) or None,
-            # Every request names the adapter: graphs of the bare base would be captured for nothing.
-            "compilation_config": {"cudagraph_specialize_lora": False},
         }
     if options.load_in_4bit:
         arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}

@@ -21,8 +21,7 @@ CALLS = [
     ("vllm.entrypoints.llm", "LLM.reset_prefix_cache", ""),
     ("vllm.engine.arg_utils", "EngineArgs.__init__", "max_model_len max_num_seqs max_num_batched_tokens logprobs_mode "
      "enable_sleep_mode enable_prefix_caching generation_config load_format enable_lora max_loras max_lora_rank "
-     "lora_target_modules compilation_config"),
-    ("vllm.config", "CompilationConfig.__init__", "cudagraph_specialize_lora"),
+     "lora_target_modules"),
     ("vllm.v1.engine.llm_engine", "LLMEngine.abort_request", "request_ids internal"),
     ("vllm.lora.lora_model", "LoRAModel.from_lora_tensors", "lora_model_id tensors peft_helper device dtype "
      "model_vocab_size weights_mapper"),
