@@ -3,9 +3,9 @@
     plan = grpo.plan(GRPOConfig.from_file("run.yaml"), gpu="24GB")
     plan.fits, plan.peak.name, plan.peak.parts          # False, "backward", {"weights": 16060522496, …}
 
-A phase's bytes are what torch's allocator counts at its peak, as in the ledger, and CUDA graphs; the CUDA context and 5 % for the gaps
-of the allocator come on top before a card is said to be large enough. The formulas are in plan_parts.py (what stays),
-plan_update.py (a bin) and plan_rollout.py (sampling); advice and text in plan_report.py.
+A phase's bytes are what torch's allocator counts at its peak, as in the ledger, and CUDA graphs; the CUDA context and
+5 % for the gaps of the allocator come on top before a card is said to be large enough. The formulas are in
+plan_parts.py (what stays), plan_update.py (a bin) and plan_rollout.py (sampling); advice and text in plan_report.py.
 Left out: several GPUs, share_prompts (a bin holds as many rows), evaluation on longer prompts than training has.
 """
 
@@ -119,7 +119,7 @@ class Plan:
         return found[name]
 
     def bytes_of(self, name: str) -> int | None:
-        """Peak of a phase as the ledger has it: "update" is forward, backward and optimizer; CUDA graphs not counted."""
+        """Peak of a phase as the ledger has it: its "update" is three phases, and CUDA graphs are not counted."""
         names = ("forward", "backward", "optimizer") if name == "update" else (name,)
         found = [phase.bytes - phase.parts.get(CUDA_GRAPHS, 0) for phase in self.phases if phase.name in names]
         return max(found, default=None)

@@ -1,6 +1,6 @@
 """The planner against the allocator: predicted and measured peak of one update over a grid of shapes and methods.
 
-    python -m profiling.bench_plan                         # the grid on the first CUDA device, at most 4 minutes
+    python -m profiling.bench_plan                         # the grid on the first CUDA device, at most 10 minutes
     python -m profiling.bench_plan --budget 120 --only qlora
     python -m profiling.bench_plan --toy --device cpu      # seconds; checks the program, not the machine
     python -m profiling.bench_plan --table                 # Markdown of profiling/results/*/plan.json
@@ -9,13 +9,15 @@ One row is one optimizer step on one bin: forward, backward, AdamW, with the opt
 built from their configuration with random weights, one for all rows of a shape and method. A peak needs no warm-up, so
 each row runs once. Rows that the plan calls too large are listed, not run; a row that runs out of memory all the same
 is kept as a failure of the plan. On a CPU, whose allocator keeps no peak, bytes that stay are compared alone.
-Left out: rollouts, and engines beside the update.
+On a GPU with vLLM, whole runs beside a colocated engine follow (plan_runs.py): the ledger's peaks against the plan's.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ from grpo.optim import make_optimizer
 from grpo.plan_parts import CUDA_CONTEXT
 from grpo.planner import SLACK, Phase, Planner
 from profiling.measure import GIB, device_slug, environment, write_json
+from profiling.plan_runs import results as runs
 
 HERE = Path(__file__).parent
 WITHIN = (0.05, 0.10)  # of the measured peak: for nine rows of ten, and for all
@@ -259,10 +262,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="tiny shapes, for checking this program")
     parser.add_argument("--only", action="append", help="part of a row's name (default: all)")
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no row is begun")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no row is begun")
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/plan.json")
     parser.add_argument("--commit", help="recorded in the JSON where the checkout has no git")
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
+    parser.add_argument("--no-runs", action="store_true", help="without the whole runs on vLLM")
     given = parser.parse_args(arguments)
     if given.table:
         print("\n\n".join(table(json.loads(path.read_text())) for path in sorted(HERE.glob("results/*/plan.json"))))
@@ -271,7 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or HERE / "results" / device_slug(given.device) / "plan.json"
     grid = tuple(r for r in (TOY if given.toy else GRID) if not given.only or any(o in r.name for o in given.only))
     data: dict[str, Any] = {"environment": environment(given.device, given.commit), "rows": []}
-    for found in rows(grid, device, given.budget):
+    start = time.perf_counter()
+    found_rows = rows(grid, device, given.budget)
+    if device.type == "cuda" and not given.toy and not given.no_runs:
+        if importlib.util.find_spec("vllm") is None:
+            print("whole runs on vLLM are left out: vllm is not installed")
+        else:
+            ends = start + given.budget
+            found_rows = itertools.chain(found_rows, map(_with_ratio, runs(given.only, ends)))
+    for found in found_rows:
         data["rows"].append(found)
         write_json(out, data)
         print(line(found), flush=True)

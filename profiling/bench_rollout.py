@@ -54,6 +54,7 @@ class Size:
     cycles: int = 20
     rounds: int = 2
     kv_cache_bytes: int = 20 * GIB
+    shape: str = "qwen3-1.7b"
     toy: bool = False
 
     @property
@@ -64,7 +65,9 @@ class Size:
 
 FULL = Size()
 QUICK = Size(completion_tokens=256, cycles=5, rounds=1)
-TOY = Size(prompts=2, generations=2, prompt_tokens=8, completion_tokens=6, cycles=2, rounds=1, toy=True)
+TOY = Size(
+    prompts=2, generations=2, prompt_tokens=8, completion_tokens=6, cycles=2, rounds=1, shape="toy-qwen3", toy=True
+)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
@@ -81,9 +84,9 @@ def make_tokenizer(vocabulary: int) -> Any:
 
 def write_model(folder: Path, size: Size, device: torch.device) -> Any:
     """Random weights, made on `device`, and a tokenizer, in `folder`; the model names no EOS. Returns the tokenizer."""
-    shape, dtype = ("toy-qwen3", torch.float32) if size.toy else ("qwen3-1.7b", torch.bfloat16)
+    dtype = torch.float32 if size.toy else torch.bfloat16
     nothing_stops = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model: Any = random_model(shape, device, dtype, max_position_embeddings=4096, **nothing_stops)
+    model: Any = random_model(size.shape, device, dtype, max_position_embeddings=4096, **nothing_stops)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     tokenizer = make_tokenizer(model.config.vocab_size)

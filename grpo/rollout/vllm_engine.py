@@ -16,7 +16,7 @@ import atexit
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -196,6 +196,8 @@ class VLLMEngine:
         if self._llm is None:
             return
         self._abort()
+        with suppress(RunError):  # vLLM's allocator complains of freeing what is not mapped
+            self._map_cache()
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         _LIVE.discard(self)
@@ -296,7 +298,13 @@ class VLLMEngine:
                 return  # it never woke up
             self._map_cache()  # vLLM puts nothing to sleep that is half awake
         torch.cuda.synchronize()
-        self._llm.sleep(level=self._level)
+        try:
+            self._llm.sleep(level=self._level)
+        except (RuntimeError, AssertionError) as error:  # it asserts that the whole device has more memory than before
+            raise RunError(
+                f"the rollout engine did not go to sleep ({free_memory()}; did another process take GPU memory?): "
+                f"{clip(error, 200)}"
+            ) from error
         self._cache_mapped = False
         self._unmapped = unmapped_bytes()
 
@@ -335,7 +343,7 @@ def _end_process_group() -> None:
 
 
 def _bar(progress: Progress, iterable: Any = None, **display: Any) -> Any:
-    """vLLM's `use_tqdm`: called around the prompts it prepares, which takes no time worth showing, then for the requests."""
+    """vLLM's `use_tqdm`: called around the prompts, whose preparation is not worth showing, then for the requests."""
     return _Bar(progress, display["total"]) if iterable is None else iterable
 
 

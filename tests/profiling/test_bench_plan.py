@@ -5,6 +5,8 @@ import json
 import pytest
 
 from profiling.bench_plan import GRID, main, summary, table
+from profiling.plan_runs import RUNS, described, plan_of
+from profiling.plan_runs import results as runs
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,18 @@ def test_no_row_is_begun_when_time_is_over(tmp_path):
 def test_bounds_are_counted():
     rows = [{"ratio": 1.01}, {"ratio": 0.94}, {"ratio": 1.2}, {"failed": "out of memory"}, {"skipped": "…"}]
     assert summary(rows) == "3 measured: 1 within 5%, 2 within 10%, worst 20.0%; 1 ran out of memory"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def test_a_run_beside_vllm_is_described_by_its_plan(run):
+    row, plan = described(run), plan_of(run)
+    assert plan.config.rollout.engine == "vllm"
+    assert row["predicted_gib"] == pytest.approx(max(row["predicted_phases_gib"].values()))
+    parts = plan.phase("rollout").parts
+    assert ("engine weights" in parts) == ("own" in run.name)
+    assert ("CUDA graphs" in parts) == run.cuda_graphs
+    assert plan.bytes_of("rollout") == sum(size for name, size in parts.items() if name != "CUDA graphs")
+
+
+def test_runs_that_there_is_no_time_for_are_named():
+    assert [row["skipped"] for row in runs(["0.5b"], 0.0)] == ["no time left"] * 2

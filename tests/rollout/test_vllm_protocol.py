@@ -65,6 +65,7 @@ class LLM:
 
     def sleep(self, level):
         assert not self.asleep, "half awake: the real one ignores this call"
+        assert "sleep" not in self.faults, "Memory usage increased after sleeping."
         self.events.append(f"sleep {level}")
         self.asleep = {"kv_cache"} if self.worker._sleep_mode_backend else {"weights", "kv_cache"}
         self.cached.clear()
@@ -322,6 +323,22 @@ def test_a_failed_wake_up_is_one_line_and_the_next_one_may_succeed(vllm, policy)
         rollout(engine, policy)
     del engine._llm.faults["wake"]
     assert len(rollout(engine, policy).completions) == 4
+
+
+def test_an_engine_that_cannot_go_to_sleep_is_one_line(vllm, policy):
+    """vLLM asserts that the device has more memory than before, which another process can prevent."""
+    engine = make()
+    engine._llm.faults["sleep"] = True
+    with pytest.raises(RunError, match=r"did not go to sleep \(60\.00 GiB of 80\.00 GiB free; did another process"):
+        rollout(engine, policy)
+
+
+def test_what_sleeps_is_mapped_before_it_is_freed(vllm, policy):
+    engine = make(share_weights=True)
+    rollout(engine, policy)
+    events = engine._llm.events
+    engine.close()
+    assert events[-2:] == ["sleep 1", "wake all"]
 
 
 def test_an_engine_that_only_synced_goes_back_to_sleep(vllm, policy):
