@@ -345,13 +345,18 @@ def free_gpu_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def plan_of_run(config: RunConfig, hf_config: Any, device: torch.device, *, adapted: bool) -> tuple[int, Plan | None]:
+def plan_of_run(
+    config: RunConfig, hf_config: Any, device: torch.device, *, adapted: bool, four_bit: bool
+) -> tuple[int, Plan | None]:
     """Tokens of a bin of a run whose model is on `device`, and its plan (None without CUDA).
 
-    `adapted`: also by an adapter that the configuration does not know; it is planned as a LoRA of rank 16.
+    A model that the caller has made may be `adapted` by an adapter that the configuration does not know, planned as a
+    LoRA of rank 16, or have `four_bit` weights.
     """
     if adapted and config.adapter is None:
         config = config.model_copy(update={"adapter": AdapterConfig()})
+    if four_bit:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"load_in_4bit": True})})
     asked = config.update.max_tokens_per_batch
     tokens = auto_tokens_per_batch(config, hf_config, free_gpu_bytes(device)) if asked == "auto" else int(asked)
     if device.type != "cuda":

@@ -221,6 +221,7 @@ def run(case: Case, names: Sequence[str], seconds: float) -> list[dict[str, Any]
     methods = [make_method(name, case) for name in names]
     losses, wanted, lines = [], None, []
     for method in methods:
+        print(f"{method.name}: first pass", flush=True)
         losses.append(float(method.run()))
         gradients = method.gradients()
         wanted = gradients if wanted is None else wanted

@@ -10,7 +10,8 @@ learning rate and LoRA (rank 16 on all linear layers, fp32 adapters, NF4 base wi
 - padded: `transformers.Trainer` + peft as a user sets them up: bf16=True, gradient checkpointing, batches padded to
   their longest row, gradient accumulation. peft's `prepare_model_for_kbit_training` is left out: it would add fp32
   copies of embedding and head to this side.
-- packed: `grpo.SFTTrainer` with its defaults, which is what `grpo sft` runs.
+- packed: `grpo.SFTTrainer` with its defaults, which is what `grpo sft` runs;
+- packed, offload: the same with `update.activation_checkpointing: offload`.
 
 Tokens per second are real tokens (no pads) over wall time from the end of the warm-up steps to the end of the last;
 memory is the allocator's peak over all steps, base weights included. The weights are random: the losses show that both
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from profiling.bench_packing import IGNORED, TOKENS, mixed_lengths, padded_utili
 from profiling.measure import GIB, device_slug, environment, write_json
 
 HERE = Path(__file__).parent
-METHODS = ("padded", "packed")
+METHODS = ("padded", "packed", "packed, offload")
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
 
 
@@ -199,8 +201,8 @@ def train_padded(case: Case, model: nn.Module, folder: str) -> Run:
     return Run(clock.stamps, losses, *clock.peak(), padded_utilization(case.lengths, case.per_device), [])
 
 
-def train_packed(case: Case, model: nn.Module, folder: str) -> Run:
-    """grpo.SFTTrainer with its defaults."""
+def train_packed(case: Case, model: nn.Module, folder: str, **update: Any) -> Run:
+    """grpo.SFTTrainer with its defaults, but for the knobs of `update`."""
     config = SFTConfig(
         output_dir=folder,
         max_steps=case.num_steps,
@@ -210,17 +212,26 @@ def train_packed(case: Case, model: nn.Module, folder: str) -> Run:
         max_completion_length=case.longest,
         adapter={"r": RANK, "alpha": ALPHA},
         data={"shuffle": False},
-        update={"max_tokens_per_batch": case.tokens_per_bin},
+        update={"max_tokens_per_batch": case.tokens_per_bin} | update,
         checkpoint={"every_steps": 0},
     )
     trainer = SFTTrainer(model, config, case.rows(), processing_class=make_tokenizer())
     clock = Clock(case.device)
-    losses, utilization = [], []
+    rows = []
     for row in trainer.steps():
         clock.stamp()
-        losses.append(row["loss"])
-        utilization.append(row["packing/utilization"])
-    return Run(clock.stamps, losses, *clock.peak(), sum(utilization) / len(utilization), trainer.policy.notes())
+        rows.append(row)
+    losses, utilization = ([row[key] for row in rows] for key in ("loss", "packing/utilization"))
+    peak, reserved = (_highest(rows, name) for name in ("peak_gib", "reserved_gib"))
+    return Run(clock.stamps, losses, peak, reserved, sum(utilization) / len(utilization), trainer.policy.notes())
+
+
+def _highest(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Of all phases but loading (the ledger resets the allocator's own peaks as it goes); None without CUDA."""
+    if not any("phase/update/reserved_gib" in row for row in rows):
+        return None
+    ends = f"/{name}"
+    return max(v for row in rows for key, v in row.items() if key.endswith(ends) and not key.startswith("phase/load/"))
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -228,7 +239,8 @@ def train_packed(case: Case, model: nn.Module, folder: str) -> Run:
 
 def line(case: Case, name: str) -> dict[str, Any]:
     """One trainer's figures, with a model of its own that is gone afterwards."""
-    train = {"padded": train_padded, "packed": train_packed}[name]
+    lean = partial(train_packed, activation_checkpointing="offload")
+    train: Any = {"padded": train_padded, "packed": train_packed, "packed, offload": lean}[name]
     with tempfile.TemporaryDirectory() as folder:
         run = train(case, case.model(), folder)
     gc.collect()

@@ -31,7 +31,7 @@ from grpo.plan_parts import (
 from grpo.plan_report import compare_line, knobs, plan_lines, plan_table, savings, smallest_change
 from grpo.plan_rollout import Sequences, hf_parts, kv_cache_of, logit_bytes
 from grpo.plan_update import Bin, Pass, Path, tile_bytes
-from grpo.planner import Planner, auto_kv_cache, auto_tokens_per_batch, documents_per_step, plan
+from grpo.planner import Planner, auto_kv_cache, auto_tokens_per_batch, documents_per_step, plan, plan_of_run
 from grpo.rollout.engine import Sampling
 from grpo.rollout.hf_engine import HFEngine, sample
 
@@ -429,6 +429,15 @@ def test_auto_bins_have_bounds(monkeypatch):
     assert auto_tokens_per_batch(run, hf, None) == 16_384
     sft = SFTConfig(model={"name_or_path": "x"}, adapter={"r": 16}, examples_per_step=3, max_completion_length=1000)
     assert auto_tokens_per_batch(sft, hf, 10**15) == 6 * 1024  # 3 · (1024 + 1000), whole steps of 1,024
+
+
+def test_a_model_that_the_caller_made_is_planned_as_it_is():
+    """An adapter of its own, weights in 4 bit: the configuration knows of neither."""
+    run, hf = config(None, max_tokens_per_batch=8192), model_config("llama-3.1-8b")
+    tokens, found = plan_of_run(run, hf, torch.device("cuda"), adapted=True, four_bit=True)
+    wanted = plan(config({"r": 16}, max_tokens_per_batch=8192, model={"load_in_4bit": True}), hf_config=hf)
+    assert tokens == 8192
+    assert found.phases == wanted.phases
 
 
 def test_phases_are_sums_of_named_parts():

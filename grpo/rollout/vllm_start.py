@@ -81,6 +81,8 @@ def start(options: VLLMOptions) -> Any:
     else:  # the head's products in float32, as the trainer forms them
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     precision = torch.get_float32_matmul_precision()
+    if options.load_in_4bit:
+        _make_bitsandbytes_tables()
     try:
         with generators_kept():
             from vllm import LLM
@@ -94,6 +96,16 @@ def start(options: VLLMOptions) -> Any:
         ) from error
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def _make_bitsandbytes_tables() -> None:
+    """bitsandbytes keeps its quantisation tables for the process. Made while vLLM loads, they would lie in the pool
+    that sleep unmaps, and the trainer's own 4-bit weights would be quantised with what is no longer there."""
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    except ImportError:
+        return  # vLLM says what is missing
+    dequantize_4bit(*quantize_4bit(torch.zeros(64, 64, device="cuda"), quant_type="nf4", compress_statistics=True))
 
 
 def check_vllm() -> None:

@@ -93,8 +93,11 @@ class BaseTrainer:
         self.num_tokens = 0
         self.nonfinite_in_a_row = 0
         # tokens_per_bin: less once the device ran out of memory. plan: None without CUDA.
-        hf_config = policy.causal_lm.config
-        self.tokens_per_bin, self.plan = plan_of_run(config, hf_config, policy.device, adapted=policy.adapted)
+        model = policy.causal_lm
+        four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
+        self.tokens_per_bin, self.plan = plan_of_run(
+            config, model.config, policy.device, adapted=policy.adapted, four_bit=four_bit
+        )
         self.stop_requested = False
         self.first_row: dict[str, float] = {}  # measured before the first step, written into its row
         self._interrupted = False

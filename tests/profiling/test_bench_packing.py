@@ -91,14 +91,25 @@ def test_sft_at_toy_size(tmp_path, capsys):
     out = tmp_path / "sft.json"
     bench_sft.main(["--toy", "--device", "cpu", "--out", str(out)])
     data = json.loads(out.read_text())
-    padded, packed = data["methods"]
+    padded, packed, offloaded = data["methods"]
     assert packed["losses"] == pytest.approx(padded["losses"], abs=2e-4)
+    assert offloaded["losses"] == packed["losses"]
     assert len(set(padded["losses"])) == 3
     assert packed["utilization"] > 0.9 > padded["utilization"]
     timed = sum(toy(False).lengths[8:])  # less the warm-up step
     for entry in data["methods"]:
         assert entry["tokens_per_second"] * entry["seconds_per_step"] * 2 == pytest.approx(timed)
     assert bench_sft.table(data) in capsys.readouterr().out
+
+
+def test_the_peak_is_that_of_all_phases_but_loading():
+    rows = [
+        {"phase/load/peak_gib": 9.0, "phase/update/peak_gib": 2.0, "phase/update/reserved_gib": 3.0},
+        {"phase/pack/peak_gib": 4.0, "phase/update/peak_gib": 1.0, "phase/update/reserved_gib": 5.0},
+    ]
+    assert bench_sft._highest(rows, "peak_gib") == 4.0
+    assert bench_sft._highest(rows, "reserved_gib") == 5.0
+    assert bench_sft._highest([{"phase/update/peak_gib": 1.0}], "peak_gib") is None  # the process's, without CUDA
 
 
 def test_sft_over_nf4_weights():

@@ -338,7 +338,7 @@ def test_what_sleeps_is_mapped_before_it_is_freed(vllm, policy):
     rollout(engine, policy)
     events = engine._llm.events
     engine.close()
-    assert events[-2:] == ["sleep 1", "wake all"]
+    assert events[-3:] == ["sleep 1", "wake all", "shutdown"]
 
 
 def test_an_engine_that_only_synced_goes_back_to_sleep(vllm, policy):
@@ -377,7 +377,7 @@ def test_progress_and_phases(vllm, policy):
     assert phases == ["wake", "sync", "probe", "wake", "sleep"]
 
 
-def test_what_the_engine_is_started_with(vllm):
+def test_what_the_engine_is_started_with(vllm, monkeypatch):
     arguments = make(cuda_graphs=False, adapter_rank=9, adapter_targets=("q_proj",))._llm.arguments
     wanted = {
         "model": "folder", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 8, "kv_cache_memory_bytes": 2**30,
@@ -387,7 +387,10 @@ def test_what_the_engine_is_started_with(vllm):
     }  # fmt: skip
     assert arguments.items() >= wanted.items()
     assert arguments["gpu_memory_utilization"] == math.floor(60 / 80 * 1000 - 5) / 1000
+    made = []
+    monkeypatch.setattr(vllm_start, "_make_bitsandbytes_tables", lambda: made.append(True))
     four_bit = make(load_in_4bit=True)._llm.arguments
+    assert made == [True]
     assert (four_bit["quantization"], "hf_overrides" in four_bit) == ("bitsandbytes", False)
 
 
