@@ -3,7 +3,7 @@
     python -m profiling.bench_plan                         # the grid on the first CUDA device, at most 10 minutes
     python -m profiling.bench_plan --budget 120 --only qlora
     python -m profiling.bench_plan --toy --device cpu      # seconds; checks the program, not the machine
-    python -m profiling.bench_plan --table                 # Markdown of profiling/results/*/plan.json
+    python -m profiling.bench_plan --table                 # rewrite the table of profiling/README.md from the JSON
 
 One row is one optimizer step on one bin: forward, backward, AdamW, with the optimizer's state already there. Models are
 built from their configuration with random weights, one for all rows of a shape and method. A peak needs no warm-up, so
@@ -18,7 +18,6 @@ import argparse
 import gc
 import importlib.util
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from grpo.model.policy import Policy
 from grpo.optim import make_optimizer
 from grpo.plan_parts import CUDA_CONTEXT
 from grpo.planner import SLACK, Phase, Planner
-from profiling.measure import GIB, device_slug, environment, write_json
+from profiling.measure import GIB, device_slug, environment, origin, write_json, write_tables
 from profiling.plan_runs import results as runs
 
 HERE = Path(__file__).parent
@@ -230,11 +229,13 @@ HEADER = "| configuration | predicted GiB | measured GiB | ratio | reserved GiB 
 def line(found: dict[str, Any]) -> str:
     """One row of the table."""
     why = found.get("failed") or found.get("skipped")
-    measured = f"– ({why})" if why else found.get("peak_gib", "")
-    return (
-        f"| {found['name']} | {found['predicted_gib']:.2f} | {measured} | {found.get('ratio', '')} "
-        f"| {found.get('reserved_gib', '')} | {found['peak_in']} |"
-    )
+    shown = {
+        key: f"{found[key]:.{digits}f}" if key in found else ""
+        for key, digits in (("predicted_gib", 2), ("peak_gib", 2), ("ratio", 3), ("reserved_gib", 2))
+    }
+    if why:
+        shown["peak_gib"] = f"– ({why})"
+    return f"| {found['name']} | {' | '.join(shown.values())} | {found['peak_in']} |"
 
 
 def summary(results: list[dict[str, Any]]) -> str:
@@ -252,9 +253,8 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def table(data: dict[str, Any]) -> str:
     """Markdown of one results file."""
-    env = data["environment"]
-    origin = f"{env['device']}, torch {env['torch']}, commit {env['commit'][:12]}, {env['date']}: `{env['command']}`"
-    return "\n".join([origin, "", HEADER, *(line(found) for found in data["rows"]), "", summary(data["rows"])])
+    rows = data["rows"]
+    return "\n".join([origin(data["environment"]), "", HEADER, *map(line, rows), "", summary(rows)])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -265,11 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no row is begun")
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/plan.json")
     parser.add_argument("--commit", help="recorded in the JSON where the checkout has no git")
-    parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
+    parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     parser.add_argument("--no-runs", action="store_true", help="without the whole runs on vLLM")
     given = parser.parse_args(arguments)
     if given.table:
-        print("\n\n".join(table(json.loads(path.read_text())) for path in sorted(HERE.glob("results/*/plan.json"))))
+        write_tables("plan", table)
         return
     device = torch.device(given.device)
     out = given.out or HERE / "results" / device_slug(given.device) / "plan.json"

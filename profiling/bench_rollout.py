@@ -35,7 +35,7 @@ from grpo.model.policy import Policy
 from grpo.packing import Document, pack_documents
 from grpo.rollout.engine import Sampling
 from grpo.rollout.hf_engine import HFEngine
-from profiling.measure import GIB, device_slug, environment, write_json
+from profiling.measure import GIB, device_slug, environment, origin, write_json, write_tables
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -296,7 +296,11 @@ def _bare_count(outputs: list[Any]) -> int:
 def table(row: dict[str, Any]) -> str:
     """The figures as Markdown; lists by their median (syncs, wakes and sleeps also by their maximum)."""
     lines = ["| figure | value |", "|---|---|"]
-    for name, value in row.items():
+    flat = {name: value for name, value in row.items() if not isinstance(value, dict)}
+    flat |= {f"pool_{name}_bytes": size for name, size in row.get("pools", {}).items()}
+    for name, value in flat.items():
+        if name.endswith("_bytes"):
+            name, value = name.removesuffix("bytes") + "gib", value / GIB
         if name.endswith("_seconds") and isinstance(value, list):
             value = f"{statistics.median(value):.4f} (max {max(value):.4f})"
         elif isinstance(value, list):
@@ -307,6 +311,11 @@ def table(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page(data: dict[str, Any]) -> str:
+    """Where the figures of one results file come from, and the figures."""
+    return f"{origin(data['environment'])}\n\n{table(data['figures'])}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -315,7 +324,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=200.0, help="seconds; no new figure is begun after it")
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/rollout.json")
     parser.add_argument("--commit", help="recorded in the JSON where the checkout has no git")
+    parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     given = parser.parse_args(arguments)
+    if given.table:
+        write_tables("rollout", page)
+        return
     start = time.monotonic()
     device = torch.device(given.device)
     if device.type != "cuda" and not given.toy:

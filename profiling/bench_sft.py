@@ -40,7 +40,7 @@ from grpo.config import SFTConfig
 from grpo.demo import make_tokenizer
 from grpo.sft import SFTTrainer
 from profiling.bench_packing import IGNORED, TOKENS, mixed_lengths, padded_utilization
-from profiling.measure import GIB, device_slug, environment, write_json
+from profiling.measure import GIB, device_slug, environment, origin, write_json, write_tables
 
 HERE = Path(__file__).parent
 METHODS = ("padded", "packed", "packed, offload")
@@ -282,6 +282,11 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page(data: dict[str, Any]) -> str:
+    """Where the figures of one results file come from, and their table."""
+    return f"{origin(data['environment'])}\n\n{table(data)}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -299,7 +304,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of lengths, text and weights")
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/sft.json")
     parser.add_argument("--commit", help="recorded in the JSON where the checkout has no git")
+    parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     given = parser.parse_args(arguments)
+    if given.table:
+        write_tables("sft", page)
+        return
     case = _case(given)
     if case.examples_per_step % case.per_device or case.warm_up_steps < 1:
         parser.error("--per-device must divide --examples-per-step, and --warm-up-steps be at least 1")

@@ -5,10 +5,10 @@
     python -m profiling.bench_step --toy --device cpu  # seconds, ours on `hf`; checks the program alone
 
 Qwen3-1.7B shape with random weights, LoRA r=16 on all linear layers, 16 prompts × 8 generations × 1,024 forced tokens,
-one update in micro-batches of the same number of tokens. `lean` is ours with the knobs that trade time for memory
-(offload, tiled MLP, small log-prob tiles) and the same result. TRL has no argument for the bytes of the KV cache, so
-its call of `LLM` is given ours. The first step warms up. Memory outside the KV cache is the driver's count every 20 ms
-(the whole device) less the cache while it is mapped. Left out: learning (rewards are a hash).
+one update in micro-batches of the same number of tokens. `lean` is ours with the knobs that trade time for memory and
+leave the result as it is: offload, small log-prob tiles, micro-batches of half the tokens. TRL has no argument for the
+bytes of the KV cache, so its call of `LLM` is given ours. The first step warms up. Memory outside the KV cache is the
+driver's count every 20 ms (the whole device) less the cache while it is mapped. Left out: learning (rewards are a hash).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from typing import Any
 import torch
 
 from profiling.bench_rollout import FULL, RANK, TOY, Clock, Size, model_folder, prompt_words
-from profiling.measure import GIB, device_slug, environment, write_json
+from profiling.measure import GIB, device_slug, environment, origin, write_json, write_tables
 
 HERE = Path(__file__).parent
 SIDES = ("ours", "ours, lean", "trl")
-LEAN = {"activation_checkpointing": "offload", "tiled_mlp": True, "logprob_chunk_mb": 128}
+LEAN = {"activation_checkpointing": "offload", "logprob_chunk_mb": 128}  # and micro-batches of half the tokens
 
 
 def hash_reward(completion: str) -> float:
@@ -171,10 +171,16 @@ def run_ours(size: Size, steps: int, rows: int, device: torch.device, **update: 
         peaks = [r["phase/update/peak_gib"] for r in found if "phase/update/peak_gib" in r]
         return {
             "engine": config.rollout.engine,
+            "update": config.update.model_dump(exclude_defaults=True),
             "rows": found,
             "torch_peak_update_gib": max(peaks, default=None),
             **_summary(size, seconds, phases, watch),
         }
+
+
+def run_lean(size: Size, steps: int, rows: int, device: torch.device) -> dict[str, Any]:
+    """`run_ours` with the knobs of LEAN."""
+    return run_ours(size, steps, max(1, rows // 2), device, **LEAN)
 
 
 def _summary(size: Size, seconds: list[float], phases: dict[str, float], watch: MemoryWatch) -> dict[str, Any]:
@@ -304,6 +310,14 @@ def table(sides: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def page(data: dict[str, Any]) -> str:
+    """Where the sides of one results file come from, and their table."""
+    sources = [f"- {side}: {origin(row['environment'])}" for side, row in data["sides"].items()]
+    lines = table(data["sides"]).split("\n")
+    rows = 2 + len(data["sides"])
+    return "\n".join([*lines[:rows], "", *(f"- {line}" for line in lines[rows:]), "", *sources])
+
+
 def _child(given: argparse.Namespace, side: str) -> dict[str, Any]:
     """`side` in a process of its own: a process holds one sleeping engine."""
     with tempfile.TemporaryDirectory() as folder:
@@ -331,11 +345,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/step.json")
     parser.add_argument("--commit", help="recorded in the JSON where the checkout has no git")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     given = parser.parse_args(arguments)
+    if given.table:
+        write_tables("step", page)
+        return
     device = torch.device(given.device)
     if device.type != "cuda" and not given.toy:
         parser.error("without --toy this needs CUDA and vLLM")
-    run = {"ours": run_ours, "ours, lean": functools.partial(run_ours, **LEAN), "trl": run_trl}
+    run = {"ours": run_ours, "ours, lean": run_lean, "trl": run_trl}
     size = TOY if given.toy else FULL
     if given.child:
         write_json(given.out, run[given.child](size, given.steps, given.rows, device))

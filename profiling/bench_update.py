@@ -32,9 +32,9 @@ from grpo.bench_models import CASES, SHAPES, TOY, Case, build
 from grpo.bench_peers import PEERS
 from grpo.bench_step import BETA, PROMPT, Data, Method, ours
 from grpo.model.policy import Policy
-from profiling.measure import GIB, Measurement, device_slug, environment, measure, write_json
+from profiling.measure import GIB, Measurement, device_slug, environment, measure, write_json, write_tables
 from profiling.update_longest import longest
-from profiling.update_table import line, table, write_table
+from profiling.update_table import line, table
 
 HERE = Path(__file__).parent
 __all__ = [
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     given = parser.parse_args(arguments)
     if given.table:
-        write_table()
+        write_tables("update", table)
         return
     device = torch.device(given.device)
     out = given.out or HERE / "results" / device_slug(given.device) / "update.json"

@@ -36,7 +36,7 @@ from grpo.bench_models import SHAPES, TRAINING_METHODS, Case
 from grpo.bench_table import COLUMNS, result_rows
 from grpo.errors import InputError
 from grpo.sizes import parse_bytes
-from profiling.measure import device_slug, environment, origin, write_between, write_json
+from profiling.measure import device_slug, environment, origin, write_json, write_tables
 
 HERE = Path(__file__).parent
 ERROR_LENGTH = 4096
@@ -60,12 +60,6 @@ def table(data: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         lines += ["| " + " | ".join(cells) + " |" for cells in result_rows(entry)]
     return "\n".join(lines[1:])
-
-
-def write_table(readme: Path = HERE / "README.md", results: Path = HERE / "results") -> None:
-    """Put the tables of all devices between the markers."""
-    found = [table(json.loads(path.read_text())) for path in sorted(results.glob("*/long_context.json"))]
-    write_between(readme, "long_context", "\n\n".join(found))
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
@@ -217,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         given.shape, given.tokens = "toy", given.tokens or [128, 256]
     out = given.out or HERE / "results" / device_slug(given.device) / "long_context.json"
     if given.table:
-        write_table()
+        write_tables("long_context", table)
     if given.plot:
         files = [given.out] if given.out else sorted(HERE.glob("results/*/long_context.json"))
         for path in files:

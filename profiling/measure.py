@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+HERE = Path(__file__).parent
+
 GIB = 2**30
 
 
@@ -150,6 +152,12 @@ def write_between(readme: Path, name: str, text: str) -> None:
     begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
     before, rest = readme.read_text().split(begin)
     readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def write_tables(name: str, table: Callable[[dict[str, Any]], str], folder: Path = HERE) -> None:
+    """Put `table` of every results/*/NAME.json of `folder` between the markers of that name in its README.md."""
+    found = [table(json.loads(path.read_text())) for path in sorted(folder.glob(f"results/*/{name}.json"))]
+    write_between(folder / "README.md", name, "\n\n".join(found))
 
 
 def write_json(out: Path, data: dict[str, Any]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from grpo.bench import PLAIN
-from profiling.measure import origin, write_between
+from profiling.measure import origin
 
 HERE = Path(__file__).parent
 
@@ -51,9 +50,3 @@ def table(data: dict[str, Any]) -> str:
             for r in entry["rows"]
         ]
     return "\n".join(lines[1:])
-
-
-def write_table(readme: Path = HERE / "README.md") -> None:
-    """Put the tables of all devices between the markers."""
-    found = [table(json.loads(path.read_text())) for path in sorted(HERE.glob("results/*/update.json"))]
-    write_between(readme, "update", "\n\n".join(found))

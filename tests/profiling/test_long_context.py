@@ -7,6 +7,7 @@ import torch
 
 from profiling import long_context
 from profiling.long_context import main, plot, table
+from profiling.measure import write_tables
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,11 @@ def test_the_table_of_a_search():
 
 
 def test_the_readme_has_what_the_json_says(tmp_path):
-    (tmp_path / "gpu").mkdir()
-    (tmp_path / "gpu" / "long_context.json").write_text(json.dumps({"searches": [made_up()]}))
+    (tmp_path / "results" / "gpu").mkdir(parents=True)
+    (tmp_path / "results" / "gpu" / "long_context.json").write_text(json.dumps({"searches": [made_up()]}))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- long_context: begin -->\nold\n<!-- long_context: end -->\nafter\n")
-    long_context.write_table(readme, tmp_path)
+    write_tables("long_context", long_context.table, tmp_path)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text and "81,664" in text
 
