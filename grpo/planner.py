@@ -269,10 +269,10 @@ class Planner:
         own = {"sampling": engine_sampling(config, facts)}
         if size := engine_weights(config, facts):
             own["engine weights"] = size  # they leave when it sleeps
-        if self.gpu is None:
+        if self.gpu is None and (config.rollout.kv_cache == "auto" or isinstance(config.rollout.kv_cache, float)):
             return own | {"KV cache": usable_kv_cache(config, per_token)}
         beside = sum(size for name, size in held.items() if name not in ("engine", CUDA_GRAPHS))
-        room = max(0, int(((self.gpu - CUDA_CONTEXT) / (1 + SLACK) - beside) / (1 - SLACK)))
+        room = max(0, int((((self.gpu or 0) - CUDA_CONTEXT) / (1 + SLACK) - beside) / (1 - SLACK)))
         try:
             return own | {"KV cache": kv_cache_of(config, facts, per_token, room, self.gpu)}
         except InputError:  # it does not fit, and the verdict says so

@@ -8,7 +8,8 @@ Qwen3-1.7B shape with random weights, LoRA r=16 on all linear layers, 16 prompts
 one update in micro-batches of the same number of tokens. `lean` is ours with the knobs that trade time for memory and
 leave the result as it is: offload, small log-prob tiles, micro-batches of half the tokens. TRL has no argument for the
 bytes of the KV cache, so its call of `LLM` is given ours. The first step warms up. Memory outside the KV cache is the
-driver's count every 20 ms (the whole device) less the cache while it is mapped. Left out: learning (rewards are a hash).
+driver's count every 20 ms (the whole device) less the cache while it is mapped.
+Left out: learning (rewards are a hash).
 """
 
 from __future__ import annotations

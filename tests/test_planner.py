@@ -389,6 +389,11 @@ def test_auto_kv_cache_is_what_is_left_and_no_more_than_is_used():
     with pytest.raises(InputError, match=r"rollout.kv_cache is auto: the cache of one sequence takes 0.22 GiB"):
         auto_kv_cache(vllm(), hf, working + trainer)
     assert kv_cache_of(vllm(kv_cache="5GB"), facts, 1, 0, None) == 5 * 10**9
+    for gpu in (None, "80GB"):  # what was asked for, whether or not the card is known
+        assert Planner(hf, gpu).plan(vllm(kv_cache="5GB")).phase("rollout").parts["KV cache"] == 5 * 10**9
+    unknown = Planner(hf).plan(vllm()).phase("rollout").parts["KV cache"]
+    assert unknown == Planner(hf).plan(vllm(kv_cache=0.5)).phase("rollout").parts["KV cache"]
+    assert unknown == int(1.05 * 64 * 2048 * 112 * 1024)
     assert kv_cache_of(vllm(kv_cache=0.25), facts, 1, 0, 80 * GIB) == 20 * GIB
 
 
