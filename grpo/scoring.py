@@ -138,6 +138,19 @@ def _total(rewards: Sequence[Reward], values: Mapping[str, Sequence[Value]], row
     return fsum(terms) if terms else None
 
 
+def range_of_totals(rewards: Sequence[Reward], soft_overlong: bool = False) -> tuple[float, float] | None:
+    """(lowest, highest) total of one completion that has all values, by the ranges that the rewards declare; None where
+    one with a weight declares none. `soft_overlong`: that penalty, −1 to 0, is added."""
+    ends = []
+    for reward in rewards:
+        if not reward.weight:
+            continue
+        if reward.range is None:
+            return None
+        ends.append(sorted(reward.weight * value for value in reward.range))
+    return fsum(low for low, _ in ends) - soft_overlong, fsum(high for _, high in ends)
+
+
 def _outcome_metrics(rewards: Sequence[Reward], calls: Calls, num_completions: int) -> dict[str, float]:
     """Shares of None, faults and completions without a reward, and what the functions logged."""
     called = max(len(calls.samples), 1)

@@ -109,8 +109,8 @@ def zero_variance_groups(
     """[P] why a group teaches nothing about its prompt (no two valid rewards differ), or None where they do.
 
     First match: all_truncated (every completion cut off), all_invalid (fewer than two valid), all_right (the common
-    total is the top of the range), all_wrong (its bottom), other. The range of totals is `reward_range` (declared, or
-    observed over the run), else that of this step's valid totals; a range of one value counts as right when it is
+    total is the top of the range), all_wrong (its bottom), other. The range of totals is `reward_range` (what the
+    rewards declare), else that of this step's valid totals; a range of one value counts as right when it is
     positive. With normalize_then_sum the values compared are the sums of the normalised functions, so a group whose
     functions differ but cancel out in the total is not of zero variance. `scale_rewards` changes nothing here.
     """

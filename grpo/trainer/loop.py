@@ -23,7 +23,15 @@ from grpo.evaluate import evaluate_rollouts
 from grpo.ledger import Ledger
 from grpo.packing import pack, packing_metrics
 from grpo.rollout.engine import RolloutEngine, Sampling, SyncReport
-from grpo.scoring import FaultBudget, close_pools, merge_scored, placement_lines, score, select_groups
+from grpo.scoring import (
+    FaultBudget,
+    close_pools,
+    merge_scored,
+    placement_lines,
+    range_of_totals,
+    score,
+    select_groups,
+)
 from grpo.seeds import seed_for
 from grpo.trainer.base import BaseTrainer, default_console
 from grpo.trainer.build import build_parts
@@ -232,7 +240,8 @@ class GRPOTrainer(BaseTrainer):
     def _rollout_metrics(self, sampled: ScoredRollouts) -> dict[str, float]:
         """Of everything that was sampled, before any filtering."""
         rollouts = sampled.rollouts
-        causes = zero_variance_groups(sampled, **self.advantage_knobs)
+        declared = range_of_totals(self.rewards, self.config.rewards.soft_overlong_cache is not None)
+        causes = zero_variance_groups(sampled, **self.advantage_knobs, reward_range=declared)
         tokens = sum(
             len(prompt.token_ids) + len(completion.token_ids)
             for prompt, group in zip(rollouts.prompts, rollouts.completions, strict=True)

@@ -9,6 +9,7 @@ import torch
 from grpo import GRPOConfig, GRPOTrainer, RunError
 from grpo.batch import RolloutBuffer
 from grpo.packing import pack
+from grpo.scoring import RewardSpec, load_rewards, range_of_totals
 from tests.tiny import tiny_model, tokenizer
 from tests.tolerances import SPLIT, relative_error
 
@@ -253,3 +254,42 @@ def _optimizer_tensors(trainer):
     from grpo.optim import optimizer_state
 
     return optimizer_state(trainer.optimizer, trainer.policy.trainable())
+
+
+def half(completion):
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    ("low_high", "weight", "cause"),
+    [
+        (None, 1.0, "all_right"),  # the highest that was seen
+        ((0.0, 1.0), 1.0, "other"),
+        ((0.0, 0.5), 1.0, "all_right"),
+        ((0.0, 0.5), -1.0, "all_wrong"),
+        ((0.5, 1.0), 2.0, "all_wrong"),
+    ],
+)
+def test_a_declared_range_says_what_right_and_wrong_are(tmp_path, low_high, weight, cause):
+    """Every completion gets 0.5."""
+    spec = RewardSpec(half, range=low_high, weight=weight)
+    trainer = make_trainer(tmp_path, rewards=[spec, RewardSpec(length_reward, weight=0.0)])
+    row = next(iter(trainer.steps()))
+    judged = 4 - row["groups/all_truncated"]  # which comes first
+    assert judged > 0
+    wanted = {name: judged if name == cause else 0 for name in ("all_right", "all_wrong")}
+    assert {name: row[f"groups/{name}"] for name in wanted} == wanted
+    assert row["frac_reward_zero_std"] == 1
+
+
+def test_the_range_of_totals():
+    def spec(**values):
+        return RewardSpec(half, **values)
+
+    def found(*specs, soft_overlong=False):
+        return range_of_totals(load_rewards(specs, None, []), soft_overlong)
+
+    assert found(spec(range=(0, 1))) == (0, 1)
+    assert found(spec(range=(0, 1), name="a"), spec(range=(-1, 3), weight=-2.0, name="b")) == (-6, 3)
+    assert found(spec(range=(0, 1), name="a"), spec(weight=0.0, name="b"), soft_overlong=True) == (-1, 1)
+    assert found(spec(range=(0, 1), name="a"), spec(name="b")) is None
