@@ -22,6 +22,7 @@ from grpo.errors import InputError
 from grpo.model.adapter import adapter_modules, add_adapter, base_of, is_adapted
 from grpo.model.load import base_source, context_length, load_model, load_model_config, meta_model, resolve_device
 from grpo.model.policy import Policy
+from grpo.plan_parts import Facts, weight_bytes
 from grpo.planner import auto_kv_cache, kv_cache_room
 from grpo.rollout.engine import RolloutEngine
 from grpo.rollout.hf_engine import HFEngine
@@ -114,7 +115,9 @@ def _vllm(
         if temporary:
             shutil.rmtree(source, ignore_errors=True)
     if not options.share_weights:
-        say(f"rollout: the engine has its own copy of the base weights ({reason or 'rollout.share_weights is false'})")
+        size = format_bytes(weight_bytes(Facts(_hf_config(config, model)).of(config), config))
+        why = reason or "rollout.share_weights is false"
+        say(f"rollout: the engine has its own copy of the base weights, {size} on the GPU while it is awake ({why})")
         own = model.to(resolve_device(config.model.device)) if model is not None else load_model(config.model)
         return engine, make_policy(own)
     base = base_of(model) if model is not None else load_model(_on_cpu(config.model))

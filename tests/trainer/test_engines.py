@@ -14,6 +14,7 @@ from grpo.model.policy import Policy
 from grpo.rollout import vllm_engine, vllm_start
 from grpo.rollout.hf_engine import HFEngine
 from grpo.rollout.vllm_weights import share_base
+from grpo.sizes import format_bytes
 from grpo.trainer import engines
 from grpo.trainer.build import build_policy
 from tests.rollout.test_vllm_weights import EngineModel
@@ -91,7 +92,11 @@ def test_a_lora_policy_is_made_of_the_engines_weights(folder, recorder):
 def test_nothing_is_shared_when_all_weights_are_trained_or_it_is_not_wanted(folder, recorder):
     engine, _, lines = made(folder, adapter=None)
     assert (engine.options.adapter_rank, engine.options.share_weights, engine.shared) == (None, False, None)
-    assert "own copy of the base weights (all weights are trained)" in lines[-1]
+    size = format_bytes(sum(p.nbytes for p in tiny_model().parameters()))
+    assert lines[-1] == (
+        f"rollout: the engine has its own copy of the base weights, {size} on the GPU while it is awake "
+        "(all weights are trained)"
+    )
     engine, _, lines = made(folder, share_weights=False)
     assert (engine.options.adapter_rank, engine.options.share_weights) == (5, False)
     assert "rollout.share_weights is false" in lines[-1]
