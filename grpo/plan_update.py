@@ -151,9 +151,10 @@ class Pass:
         rows = self._longest_call()
         turns = head_groups(rows, w.queries * element, w.num_key_heads) if self._calls()[1] else 1
         kernel = KERNEL_MEMORY * rows * w.queries * element // turns
-        found = self.of_width(2 * w.queries + 2 * w.keys) + kernel
-        if self._calls()[1]:  # gradients of q, k, v of each call, and put together
-            found += self.of_width(w.queries + 2 * w.keys)
+        inputs = self.of_width(w.queries + 2 * w.keys)  # gradients of q, k, v
+        found = self.of_width(w.queries) + inputs + kernel
+        if self._calls()[1]:  # after the last call they are put together, when the output's gradient is gone
+            found = max(found, 2 * inputs)
         return found if self.path.fused_attention else found - self._casts() * self.bin.rows * w.queries * 4
 
     def layer_forward(self) -> int:
