@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails
 from grpo.algorithm.recipes import RECIPES, check_objective
 from grpo.errors import InputError, clip
 from grpo.sizes import parse_bytes
-from grpo.trl_names import FLAT_ALIASES, translate
+from grpo.trl_names import FLAT_ALIASES, translate, translate_sft
 
 MAX_ENGINE_RANK = 512  # of an adapter that vLLM serves
 
@@ -595,7 +595,7 @@ def known_paths(cls: type[RunConfig]) -> list[str]:
 
 def _nest(cls: type[RunConfig], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
     """Flat and foreign names → sections. Returns (values, notes, problems)."""
-    values, notes, problems = translate(dict(values)) if "rollout" in cls.model_fields else (dict(values), [], [])
+    values, notes, problems = (translate if "rollout" in cls.model_fields else translate_sft)(dict(values))
     flat, sections = flat_names(cls), _sections(cls)
     nested: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,10 +1,12 @@
-"""Names that users of TRL's GRPOTrainer already type: kept, translated (and said so), or refused with the replacement.
+"""Names that users of TRL's GRPOConfig and SFTConfig already type: kept, translated (and said so), or refused with the
+replacement.
 
 Left out: anything of TRL's that has no counterpart here; such a name is unknown and the nearest known one is named.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 # Flat names that differ from the leaf in their section (the leaf alone would be ambiguous or already has a name).
@@ -30,9 +32,11 @@ FLAT_ALIASES = {
 }
 
 _RENAMED = {  # theirs: (ours, how the value is read)
-    "loss_type": ("recipe", lambda value: value),
     "bf16": ("dtype", lambda value: "bfloat16" if value else "float32"),
     "gradient_checkpointing": ("activation_checkpointing", lambda value: "recompute" if value else "none"),
+}
+_GRPO_RENAMED = {
+    "loss_type": ("recipe", lambda value: value),
     "use_bias_correction_kl": ("kl", lambda value: "k3_ratio" if value else "k3"),
     "vllm_importance_sampling_clip_max": ("correction_max", lambda value: value),
     "vllm_importance_sampling_clip_min": ("correction_min", lambda value: value),
@@ -51,26 +55,71 @@ _OPTIMIZERS = {  # values of optim: theirs → ours
 }
 
 _REFUSED = {
-    "steps_per_generation": "one batch of rollouts is one optimizer step; use num_iterations to reuse it",
-    "generation_batch_size": "use prompts_per_step × num_generations",
     "use_liger_kernel": "the log-prob head is always chunked; remove it",
-    "sync_ref_model": "the reference stays fixed; restart from the trained model instead",
-    "use_adaptive_entropy": "use entropy_coef",
     "num_train_epochs": "use max_steps",
-    "vllm_gpu_memory_utilization": "use rollout.kv_cache: auto, a size like 24GB or a share of the GPU",
     "fp16": "use bf16: true or model.dtype: float32",
 }
-_HARMLESS = {"use_liger_kernel": False, "sync_ref_model": False, "fp16": False}
+_GRPO_REFUSED = {
+    "steps_per_generation": "one batch of rollouts is one optimizer step; use num_iterations to reuse it",
+    "generation_batch_size": "use prompts_per_step × num_generations",
+    "sync_ref_model": "the reference stays fixed; restart from the trained model instead",
+    "use_adaptive_entropy": "use entropy_coef",
+    "vllm_gpu_memory_utilization": "use rollout.kv_cache: auto, a size like 24GB or a share of the GPU",
+}
+_SFT_REFUSED = {
+    "max_length": "use data.max_prompt_length and max_completion_length",
+    "completion_only_loss": "the loss is on the completion only; remove it",
+    "assistant_only_loss": "use rows of a prompt and its completion",
+    "dataset_text_field": "use columns prompt and completion",
+    "packing": "examples always share bins, and none sees another; remove it",
+    "padding_free": "nothing is padded; remove it",
+}
+_HARMLESS = {
+    "use_liger_kernel": (False,),
+    "sync_ref_model": (False,),
+    "fp16": (False,),
+    "completion_only_loss": (True, None),
+    "assistant_only_loss": (False,),
+    "packing": (True,),
+    "padding_free": (True,),
+}
+
+Rename = Callable[[str, str, Any], None]
 
 
 def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Foreign names → ours. Returns (values, notes to print once, problems)."""
+    """Names of TRL's GRPOConfig → ours. Returns (values, notes to print once, problems)."""
     notes: list[str] = []
     problems: list[str] = []
-    for name in _REFUSED.keys() & values.keys():
+    rename = _common(values, _GRPO_REFUSED, _GRPO_RENAMED, notes, problems)
+    if values.get("recipe") == "vespo":
+        problems.append("loss_type is 'vespo' (want one of the recipes; gspo or cispo come nearest)")
+        values.pop("recipe")
+    _engine(values, rename, problems)
+    _sampler_correction(values, rename)
+    group = values.get("num_generations", (values.get("rollout") or {}).get("num_generations", 8))
+    _batch_size(values, rename, problems, "prompts_per_step", group)
+    return values, notes, problems
+
+
+def translate_sft(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The same of TRL's SFTConfig."""
+    notes: list[str] = []
+    problems: list[str] = []
+    rename = _common(values, _SFT_REFUSED, {}, notes, problems)
+    _batch_size(values, rename, problems, "examples_per_step", 1)
+    return values, notes, problems
+
+
+def _common(
+    values: dict[str, Any], refused: dict[str, str], renamed: dict[str, Any], notes: list[str], problems: list[str]
+) -> Rename:
+    """What both configurations share, and their own tables. Returns what renames one value."""
+    reasons = _REFUSED | refused
+    for name in reasons.keys() & values.keys():
         given = values.pop(name)
-        if name not in _HARMLESS or given != _HARMLESS[name]:
-            problems.append(f"{name} is {given!r} ({_REFUSED[name]})")
+        if given not in _HARMLESS.get(name, ()):
+            problems.append(f"{name} is {given!r} ({reasons[name]})")
 
     def rename(old: str, new: str, value: Any) -> None:
         if new in values:
@@ -78,7 +127,7 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         values[new] = value
         notes.append(f"{old} is understood as {new}: {value}")
 
-    for old, (new, read) in _RENAMED.items():
+    for old, (new, read) in (_RENAMED | renamed).items():
         if old in values:
             rename(old, new, read(values.pop(old)))
     for name in _REREAD.keys() & values.keys():
@@ -87,16 +136,10 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     if optimizer in _OPTIMIZERS:
         values["optim"] = _OPTIMIZERS[optimizer]
         notes.append(f"optim {optimizer} is understood as {values['optim']}")
-    if values.get("recipe") == "vespo":
-        problems.append("loss_type is 'vespo' (want one of the recipes; gspo or cispo come nearest)")
-        values.pop("recipe")
-    _engine(values, rename, problems)
-    _sampler_correction(values, rename)
-    _batch_size(values, rename, problems)
-    return values, notes, problems
+    return rename
 
 
-def _engine(values: dict[str, Any], rename: Any, problems: list[str]) -> None:
+def _engine(values: dict[str, Any], rename: Rename, problems: list[str]) -> None:
     """use_vllm and vllm_mode → rollout.engine; vllm_server_base_url → rollout.servers."""
     use, mode = values.pop("use_vllm", None), values.pop("vllm_mode", "colocate")
     url = values.pop("vllm_server_base_url", None)
@@ -108,7 +151,7 @@ def _engine(values: dict[str, Any], rename: Any, problems: list[str]) -> None:
             rename("vllm_server_base_url", "servers", [url])
 
 
-def _sampler_correction(values: dict[str, Any], rename: Any) -> None:
+def _sampler_correction(values: dict[str, Any], rename: Rename) -> None:
     enabled = values.pop("vllm_importance_sampling_correction", None)
     mode = values.pop("vllm_importance_sampling_mode", None)
     if enabled is False:
@@ -125,13 +168,12 @@ def _sampler_correction(values: dict[str, Any], rename: Any) -> None:
         rename("vllm_importance_sampling_correction", "sampler_correction", "truncate")
 
 
-def _batch_size(values: dict[str, Any], rename: Any, problems: list[str]) -> None:
-    """per_device_train_batch_size × gradient_accumulation_steps completions → prompts_per_step groups."""
+def _batch_size(values: dict[str, Any], rename: Rename, problems: list[str], ours: str, group: Any) -> None:
+    """per_device_train_batch_size × gradient_accumulation_steps rows → `ours`, of `group` rows each."""
     if "per_device_train_batch_size" not in values and "gradient_accumulation_steps" not in values:
         return
     size = values.pop("per_device_train_batch_size", 8)
     accumulation = values.pop("gradient_accumulation_steps", 1)
-    group = values.get("num_generations", (values.get("rollout") or {}).get("num_generations", 8))
     if not all(isinstance(number, int) for number in (size, accumulation, group)):
         problems.append("per_device_train_batch_size or gradient_accumulation_steps is not a whole number")
     elif group < 1 or size * accumulation % group:
@@ -142,6 +184,6 @@ def _batch_size(values: dict[str, Any], rename: Any, problems: list[str]) -> Non
     else:
         rename(
             "per_device_train_batch_size × gradient_accumulation_steps",
-            "prompts_per_step",
+            ours,
             size * accumulation // group,
         )

@@ -205,6 +205,45 @@ def test_names_of_trl():
     assert any(line == "loss_type is understood as recipe: dr_grpo" for line in config.translations)
 
 
+def test_names_of_trls_supervised_trainer():
+    config = SFTConfig(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=6,
+        bf16=True,
+        gradient_checkpointing=True,
+        optim="adamw_torch",
+        report_to="none",
+        packing=True,
+        completion_only_loss=True,
+    )
+    assert config.examples_per_step == 24
+    assert (config.model.dtype, config.optimizer.name) == ("bfloat16", "adamw")
+    assert config.update.activation_checkpointing == "recompute"
+    assert config.logging.trackers == []
+    wanted = "per_device_train_batch_size × gradient_accumulation_steps is understood as examples_per_step: 24"
+    assert wanted in config.translations
+    assert SFTConfig(gradient_accumulation_steps=3).examples_per_step == 24  # theirs is 8 a device
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"max_length": 512}, "max_length is 512 (use data.max_prompt_length and max_completion_length)"),
+        ({"packing": False}, "packing is False (examples always share bins"),
+        ({"completion_only_loss": False}, "completion_only_loss is False (the loss is on the completion only"),
+        ({"assistant_only_loss": True}, "assistant_only_loss is True (use rows of a prompt"),
+        ({"dataset_text_field": "text"}, "dataset_text_field is 'text' (use columns prompt and completion)"),
+        ({"num_train_epochs": 1}, "num_train_epochs is 1 (use max_steps)"),
+        ({"loss_type": "nll"}, "loss_type is unknown"),
+        ({"per_device_train_batch_size": 2, "examples_per_step": 4}, "and examples_per_step are both given"),
+    ],
+)
+def test_names_of_trls_supervised_trainer_refused(values, line):
+    with pytest.raises(InputError) as error:
+        SFTConfig(**values)
+    assert line in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [

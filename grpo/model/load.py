@@ -228,3 +228,12 @@ def stop_token_ids(tokenizer: Any, model: nn.Module | None = None) -> tuple[int,
     if not ids:
         raise InputError("the tokenizer has no EOS token (want tokenizer.eos_token set): no completion could end")
     return ids
+
+
+def make_nf4_tables() -> None:
+    """bitsandbytes makes its quantisation tables when first asked, and keeps them for the process: now, on the GPU."""
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    except ImportError:
+        return  # loading says what is missing
+    dequantize_4bit(*quantize_4bit(torch.zeros(64, 64, device="cuda"), quant_type="nf4", compress_statistics=True))

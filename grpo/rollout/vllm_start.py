@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grpo.errors import InputError, clip
+from grpo.model.load import make_nf4_tables
 from grpo.plan_rollout import BATCHED_TOKENS
 from grpo.rollout.vllm_weights import check_rank
 from grpo.seeds import generators_kept
@@ -82,7 +83,7 @@ def start(options: VLLMOptions) -> Any:
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     precision = torch.get_float32_matmul_precision()
     if options.load_in_4bit:
-        _make_bitsandbytes_tables()
+        make_nf4_tables()  # made while vLLM loads, they would lie in the pool that sleep unmaps
     try:
         with generators_kept():
             from vllm import LLM
@@ -96,16 +97,6 @@ def start(options: VLLMOptions) -> Any:
         ) from error
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def _make_bitsandbytes_tables() -> None:
-    """bitsandbytes keeps its quantisation tables for the process. Made while vLLM loads, they would lie in the pool
-    that sleep unmaps, and the trainer's own 4-bit weights would be quantised with what is no longer there."""
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    except ImportError:
-        return  # vLLM says what is missing
-    dequantize_4bit(*quantize_4bit(torch.zeros(64, 64, device="cuda"), quant_type="nf4", compress_statistics=True))
 
 
 def check_vllm() -> None:

@@ -388,7 +388,7 @@ def test_what_the_engine_is_started_with(vllm, monkeypatch):
     assert arguments.items() >= wanted.items()
     assert arguments["gpu_memory_utilization"] == math.floor(60 / 80 * 1000 - 5) / 1000
     made = []
-    monkeypatch.setattr(vllm_start, "_make_bitsandbytes_tables", lambda: made.append(True))
+    monkeypatch.setattr(vllm_start, "make_nf4_tables", lambda: made.append(True))
     four_bit = make(load_in_4bit=True)._llm.arguments
     assert made == [True]
     assert (four_bit["quantization"], "hf_overrides" in four_bit) == ("bitsandbytes", False)
