@@ -52,10 +52,12 @@ class MemoryMeter:
     With CUDA in use also `allocated` and `reserved` (torch's allocator, current device) and `pinned` (torch's
     page-locked host memory). torch's peak counters are reset at each reading, which does not wait for the device: the
     allocators count on the host. `unmapped` says how many bytes torch counts that are not on the device now (the cache
-    of a sleeping engine); they are taken off, unless they were there at the last reading.
+    of a sleeping engine); they are taken off, unless they were there at the last reading. `host_only`: the run is on
+    the CPU, whatever else has touched a device.
     """
 
     unmapped: Callable[[], int] = staticmethod(lambda: 0)
+    host_only = False
 
     def __init__(self, proc: Path = Path("/proc/self")) -> None:
         self._status = self._keep_open(proc / "status", os.O_RDONLY)
@@ -77,14 +79,17 @@ class MemoryMeter:
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 
+    def _cuda(self) -> Any:
+        return None if self.host_only else _cuda()
+
     def synchronize(self) -> None:
         """Wait for the device, if one is in use."""
-        if (cuda := _cuda()) is not None:
+        if (cuda := self._cuda()) is not None:
             cuda.synchronize()
 
     def mark(self) -> Any:
         """An event on the current stream, or None where no device is in use."""
-        if (cuda := _cuda()) is None:
+        if (cuda := self._cuda()) is None:
             return None
         event = cuda.Event(enable_timing=True)
         event.record()
@@ -96,7 +101,7 @@ class MemoryMeter:
 
     def others(self) -> Peaks:
         """`others`: bytes in use on the device now, by the driver, less what torch had reserved at the last `peaks`."""
-        if (cuda := _cuda()) is None:
+        if (cuda := self._cuda()) is None:
             return {}
         free, total = cuda.mem_get_info()
         return {"others": max(0, total - free - self._reserved)}
@@ -119,7 +124,7 @@ class MemoryMeter:
         return True
 
     def _device(self) -> Peaks:
-        cuda = _cuda()
+        cuda = self._cuda()
         if cuda is None:
             return {}
         stats = cuda.memory_stats_as_nested_dict()  # one call; memory_stats() flattens it, which costs more

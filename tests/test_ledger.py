@@ -355,6 +355,16 @@ def test_the_meter_reads_the_allocators_and_leaves_torch_s_own_out_of_others(mon
     assert Ledger(meter=meter).take() == {}
 
 
+def test_a_run_on_the_cpu_reports_the_process_though_somebody_touched_a_device(monkeypatch):
+    monkeypatch.setattr("grpo.ledger._cuda", FakeCuda)
+    meter = MemoryMeter()
+    assert "allocated" in meter.peaks() and meter.others()
+    meter.host_only = True
+    assert meter.peaks().keys() == {"resident"}
+    assert meter.others() == {} and meter.mark() is None
+    meter.synchronize()  # the stand-in has nothing to wait with
+
+
 def test_what_an_engine_unmapped_is_not_on_the_device_though_torch_counts_it(monkeypatch, tmp_path):
     """A cache of 30 GiB that torch counts all the time, mapped while sampling alone."""
     cuda, asleep = FakeCuda(), [30]

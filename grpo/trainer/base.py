@@ -87,6 +87,7 @@ class BaseTrainer:
         self.optimizer = make_optimizer(policy.trainable(), config.optimizer)
         self.schedule = Schedule(config.optimizer, config.max_steps)
         self.ledger = Ledger() if ledger is None else ledger
+        self.ledger.meter.host_only = policy.device.type == "cpu"
         self.folder = RunFolder(config.output_dir, config.to_yaml(), self.say)
         self.view: ProgressView | None = None
         self.step = 0

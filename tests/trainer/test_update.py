@@ -293,3 +293,7 @@ def test_the_range_of_totals():
     assert found(spec(range=(0, 1), name="a"), spec(range=(-1, 3), weight=-2.0, name="b")) == (-6, 3)
     assert found(spec(range=(0, 1), name="a"), spec(weight=0.0, name="b"), soft_overlong=True) == (-1, 1)
     assert found(spec(range=(0, 1), name="a"), spec(name="b")) is None
+
+
+def test_a_model_on_the_cpu_is_billed_by_the_process(tmp_path):
+    assert make_trainer(tmp_path).ledger.meter.host_only
