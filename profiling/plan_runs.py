@@ -1,6 +1,6 @@
 """Whole runs on vLLM for bench_plan.py: two steps of a real trainer, and the ledger's peaks beside the plan's.
 
-    python -m profiling.plan_runs "qwen3-1.7b lora 128×512 own" --out FILE    # one run; bench_plan starts these
+    python -m profiling.plan_runs "qwen3-1.7b lora 128×512 vllm own" --out FILE    # one run; bench_plan starts these
 
 A run has a process of its own, since a process holds one engine. Left out: what only time could show (bench_step.py).
 """
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from grpo import GRPOConfig, GRPOTrainer
+from grpo.bench_models import model_config
 from grpo.planner import Plan, Planner
 from profiling.bench_rollout import Size, model_folder, prompt_words
 from profiling.bench_step import hash_reward
@@ -86,11 +87,7 @@ RUNS = (
 
 def plan_of(run: Run) -> Plan:
     """What is to be expected, without a GPU."""
-    from grpo.bench_models import model_config
-
-    return Planner(model_config(run.shape), torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None).plan(
-        run.config(run.shape, "unused")
-    )
+    return Planner(model_config(run.shape)).plan(run.config(run.shape, "unused"))
 
 
 def described(run: Run) -> dict[str, Any]:
