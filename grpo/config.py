@@ -1,7 +1,7 @@
 """Every knob of a run: nested pydantic models, frozen and strict. An unknown key fails and names the nearest one.
 
 YAML uses the sections below; Python may also pass the same names flat (`GRPOConfig(num_generations=8)`), and the
-names that users of TRL type are understood (`trl_names.py`). Problems are collected and raised together as one
+names that users of TRL type are understood (`config_reading.py`). Problems are collected and raised together as one
 `InputError`; nothing edits the user's values.
 Longer than a file should be, since the table of all knobs is one thing to read.
 Left out: reading files of the model or the data. What can only be known from them is checked where they are read.
@@ -9,8 +9,7 @@ Left out: reading files of the model or the data. What can only be known from th
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,12 +24,11 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import ErrorDetails
 
+from grpo import config_reading
 from grpo.algorithm.recipes import RECIPES, check_objective
-from grpo.errors import InputError, clip
+from grpo.errors import InputError
 from grpo.sizes import parse_bytes
-from grpo.trl_names import FLAT_ALIASES, translate, translate_sft
 
 MAX_ENGINE_RANK = 512  # of an adapter that vLLM serves
 
@@ -340,14 +338,14 @@ class RunConfig(Section):
 
     def __init__(self, **values: Any) -> None:
         source = values.pop("_source_name", "") or self._source
-        nested, notes, problems = _nest(type(self), values)
+        sections, notes, problems = config_reading.nested(type(self), values)
         error: ValidationError | None = None
         try:
-            super().__init__(**nested)
+            super().__init__(**sections)
         except ValidationError as invalid:
             error = invalid
         if error is not None:
-            problems += [_line(type(self), detail) for detail in error.errors()]
+            problems += [config_reading.line(type(self), detail) for detail in error.errors()]
         elif not problems:
             problems += self.contradictions()
         if problems:
@@ -411,9 +409,9 @@ class RunConfig(Section):
         Raises:
             InputError: one line per problem, each naming the file and the key.
         """
-        values = read_yaml(Path(path))
+        values = config_reading.read_yaml(Path(path))
         for override in overrides:
-            _apply_override(values, override)
+            config_reading.apply_override(values, override)
         return cls(**values, _source_name=str(path))
 
 
@@ -500,200 +498,3 @@ def objective_knobs(config: GRPOConfig) -> dict[str, Any]:
     if knobs["sampler_correction"] is None:
         knobs["sampler_correction"] = "none" if config.rollout.engine == "hf" else "truncate"
     return knobs
-
-
-# --- reading -------------------------------------------------------------------------------------------------
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """safe_load that refuses the second of two equal keys instead of keeping it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; duplicate keys, a missing file and other shapes are an `InputError`."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file (want a YAML configuration)")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise InputError(f"{path}: not valid YAML{where}: {clip(problem)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"{path}: holds {type(values).__name__} (want sections: `model: …`, `data: …`)")
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise InputError(f"override {clip(override)!r} has no value (want section.key=value)")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {clip(override)!r}: {clip(text)!r} is not valid YAML") from None
-    *parents, leaf = path.split(".")
-    here = values
-    for name in parents:
-        if here.get(name) is None:
-            here[name] = {}
-        elif isinstance(here[name], list) and name == "rewards":
-            here[name] = {"functions": here[name]}
-        if not isinstance(here[name], dict):
-            raise InputError(f"override {clip(override)!r}: {name} is not a section")
-        here = here[name]
-    here[leaf] = value
-
-
-# --- names ---------------------------------------------------------------------------------------------------
-
-
-def _sections(cls: type[BaseModel]) -> dict[str, type[Section]]:
-    found: dict[str, type[Section]] = {}
-    for name, field in cls.model_fields.items():
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, Section):
-                found[name] = candidate
-    return found
-
-
-def flat_names(cls: type[RunConfig]) -> dict[str, str]:
-    """Flat name → dotted path. A leaf keeps its own name when no alias of `trl_names` renames it."""
-    names: dict[str, str] = {}
-    renamed = {path: alias for alias, path in FLAT_ALIASES.items()}
-    for section, model in _sections(cls).items():
-        for leaf in model.model_fields:
-            path = f"{section}.{leaf}"
-            flat = renamed.get(path, leaf)
-            if flat not in cls.model_fields:
-                if flat in names:
-                    raise AssertionError(f"flat name {flat} means both {names[flat]} and {path}")
-                names[flat] = path
-    return names
-
-
-def known_paths(cls: type[RunConfig]) -> list[str]:
-    """Every dotted path of the configuration."""
-    sections = _sections(cls)
-    own = [name for name in cls.model_fields if name not in sections]
-    return own + [f"{name}.{leaf}" for name, model in sections.items() for leaf in model.model_fields]
-
-
-def _nest(cls: type[RunConfig], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Flat and foreign names → sections. Returns (values, notes, problems)."""
-    values, notes, problems = (translate if "rollout" in cls.model_fields else translate_sft)(dict(values))
-    flat, sections = flat_names(cls), _sections(cls)
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "rewards" and isinstance(value, list):
-            nested[name] = {"functions": value}
-        elif name in sections and isinstance(value, Mapping):
-            nested[name] = {**nested.get(name, {}), **value}
-        elif name in cls.model_fields:
-            nested[name] = value
-        elif name in flat:
-            section, leaf = flat[name].split(".")
-            if leaf in (values.get(section) or {}):
-                problems.append(f"{name} is given twice (flat and in {section})")
-            nested[section] = {**(nested.get(section) or {}), leaf: value}
-        else:
-            problems.append(_unknown(cls, name))
-    if isinstance(nested.get("rewards"), dict):
-        nested["rewards"] = _reward_entries(nested["rewards"])
-    if isinstance(nested.get("objective"), dict):
-        nested["objective"] = _recipe_defaults(nested["objective"])
-    return (
-        {
-            name: {} if name in sections and name != "adapter" and value is None else value
-            for name, value in nested.items()
-        },
-        notes,
-        problems,
-    )
-
-
-def _reward_entries(section: dict[str, Any]) -> dict[str, Any]:
-    functions = section.get("functions")
-    if not isinstance(functions, list):
-        return section
-    return {
-        **section,
-        "functions": [{"function": entry} if isinstance(entry, str) else entry for entry in functions],
-    }
-
-
-def _recipe_defaults(section: dict[str, Any]) -> dict[str, Any]:
-    recipe = RECIPES.get(section.get("recipe", "dapo")) if isinstance(section.get("recipe", "dapo"), str) else None
-    return {**dict(recipe.defaults), **section} if recipe else section
-
-
-def _unknown(cls: type[RunConfig], path: str) -> str:
-    nearest = nearest_name(path, [*cls.model_fields, *known_paths(cls), *flat_names(cls)])
-    return f"{path} is unknown" + (f" (did you mean {nearest}?)" if nearest else "")
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`: the same leaf in another section first, then the nearest spelling."""
-    known = list(known)
-    leaf = name.rsplit(".", 1)[-1]
-    leaves: dict[str, str] = {}
-    for candidate in known:
-        leaves.setdefault(candidate.rsplit(".", 1)[-1], candidate)
-    same_section = [k for k in known if "." in name and k.rpartition(".")[0] == name.rpartition(".")[0]]
-    for pool in (same_section, known):
-        if close := difflib.get_close_matches(name, pool, n=1, cutoff=0.75):
-            return close[0]
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    return leaves[close[0]] if close else None
-
-
-_WANT = {
-    "greater_than": "more than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
-    "literal_error": "one of {expected}",
-    "missing": "a value",
-    "finite_number": "a finite number",
-    "none_required": "null",
-    "model_type": "a section with keys",
-}
-_TYPE_WANT = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "list": "a list",
-}
-
-
-def _line(cls: type[RunConfig], detail: ErrorDetails) -> str:
-    # A union adds the tried type's name to the location; only names of the configuration are shown.
-    parts = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
-    parts = [part for part in parts if part not in ("str", "int", "float", "bool")]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
-    path = path.replace("rewards.functions[", "rewards[")
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        return _unknown(cls, path)
-    want = _WANT.get(kind, "").format(**detail.get("ctx", {}))
-    if not want:
-        want = next((text for prefix, text in _TYPE_WANT.items() if kind.startswith(prefix)), "")
-    if not want:
-        want = detail["msg"].removeprefix("Value error, want ")
-    value = "missing" if kind == "missing" else clip(repr(detail["input"]))
-    return f"{path} is {value} (want {want})"

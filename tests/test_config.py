@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from grpo.config import GRPOConfig, SFTConfig, flat_names, known_paths, objective_knobs
+from grpo.config import GRPOConfig, SFTConfig, objective_knobs
+from grpo.config_reading import flat_names, known_paths
 from grpo.errors import InputError
 
 SKETCH = """

@@ -17,7 +17,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Every module and package directly below grpo/, and its floor. A package's floor is that of all its modules.
 FLOORS = {
-    **dict.fromkeys(["batch", "config", "errors", "sizes", "ledger", "packing", "seeds", "trl_names", "algorithm"], 0),
+    **dict.fromkeys(
+        [
+            "batch",
+            "config",
+            "config_reading",
+            "errors",
+            "sizes",
+            "ledger",
+            "packing",
+            "seeds",
+            "trl_names",
+            "algorithm",
+        ],
+        0,
+    ),
     **dict.fromkeys(["bench_search", "bench_table"], 0),
     **dict.fromkeys(["kernels"], 1),
     **dict.fromkeys(["planner", "plan_parts", "plan_update", "plan_rollout", "plan_report"], 2),
