@@ -275,7 +275,7 @@ def run_trl(size: Size, steps: int, rows: int, device: torch.device) -> dict[str
             trainer.train()
         calls = {name: len(found) // (steps + 1) for name, found in clock.seconds.items()}
         phases = {n: sum(f[calls[n] :]) / steps for n, f in clock.seconds.items()}  # means, without the first step
-        phases["update and rest"] = statistics.median(seconds[1:]) - phases["rollout and scoring"]
+        phases = without_overlap(phases, statistics.median(seconds[1:]))
         return {
             "engine": "vllm",
             "calls_per_step": calls,
@@ -283,6 +283,19 @@ def run_trl(size: Size, steps: int, rows: int, device: torch.device) -> dict[str
             "torch_peak_update_gib": torch.cuda.max_memory_allocated() / GIB,
             **_summary(size, seconds, phases, watch),
         }
+
+
+def without_overlap(phases: dict[str, float], step: float) -> dict[str, float]:
+    """TRL's calls as parts of a step of `step` seconds: what "rollout and scoring" holds is taken out of it."""
+    rollout = phases["rollout and scoring"]
+    inside = {name: phases.get(name, 0.0) for name in ("sync", "generate", "log-probs")}
+    forward = phases.get("loss forward", 0.0)
+    return {
+        **inside,
+        "scoring and rest": rollout - sum(inside.values()),
+        "loss forward": forward,
+        "backward and rest": step - rollout - forward,
+    }
 
 
 def why_not(side: str, toy: bool) -> str | None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from profiling.bench_rollout import TOY
-from profiling.bench_step import MemoryWatch, hash_reward, main
+from profiling.bench_step import MemoryWatch, hash_reward, main, without_overlap
 
 
 def test_the_json_and_the_table(tmp_path, capsys):
@@ -53,3 +53,10 @@ def test_the_cache_is_not_counted_and_changes_are_not_sampled():
 
 def test_rewards_differ():
     assert len({hash_reward(f"t{i}") for i in range(8)}) > 1 and hash_reward("t3") == hash_reward("t3")
+
+
+def test_phases_of_trl_add_up_to_its_step():
+    timed = {"sync": 0.5, "generate": 8.0, "log-probs": 2.5, "rollout and scoring": 11.25, "loss forward": 2.75}
+    found = without_overlap(timed, 20.5)
+    assert sum(found.values()) == 20.5
+    assert (found["scoring and rest"], found["backward and rest"]) == (0.25, 6.5)
