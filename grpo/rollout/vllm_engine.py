@@ -197,6 +197,8 @@ class VLLMEngine:
             return
         self._abort()
         with suppress(RunError):  # vLLM's allocator complains of freeing what is not mapped
+            if not (self._cache_mapped or self._awake or self.options.share_weights):
+                self._wake(["weights"])
             self._map_cache()
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
@@ -293,6 +295,8 @@ class VLLMEngine:
         self._unmapped = unmapped_bytes()
 
     def _sleep(self) -> None:
+        if self._llm is None:
+            return  # closed while awake
         if not self._cache_mapped:
             if self.options.share_weights:
                 return  # it never woke up

@@ -339,6 +339,17 @@ def test_what_sleeps_is_mapped_before_it_is_freed(vllm, policy):
     events = engine._llm.events
     engine.close()
     assert events[-3:] == ["sleep 1", "wake all", "shutdown"]
+    own = make()
+    rollout(own, policy)
+    events = own._llm.events
+    own.close()
+    assert events[-4:] == ["sleep 1", "wake weights", "wake kv_cache", "shutdown"]
+    inside = make()
+    with inside.awake():
+        inside.load_weights(policy)  # the cache was mapped for the probe
+        events = inside._llm.events
+        inside.close()
+        assert events[-2:] == ["wake kv_cache", "shutdown"]
 
 
 def test_an_engine_that_only_synced_goes_back_to_sleep(vllm, policy):
