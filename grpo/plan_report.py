@@ -82,8 +82,7 @@ def _weight_knobs(config: RunConfig) -> Iterator[Knob]:
 
 
 def _rollout_knobs(config: GRPOConfig) -> Iterator[Knob]:
-    rollout = config.rollout
-    at_once = min(rollout.max_sequences, config.prompts_per_step * rollout.num_generations)
+    rollout, at_once = config.rollout, _at_once(config)
     if rollout.engine == "vllm" and rollout.kv_cache != "auto":
         yield _knob("rollout", "kv_cache", "auto")
     if rollout.engine != "server":
@@ -96,10 +95,13 @@ def _knob(section: str, name: str, value: Any) -> Knob:
 
 
 def savings(planner: Planner, plan: Plan) -> list[Saving]:
-    """What each knob alone takes off the peak, the largest saving first; those under 1 MiB are left out."""
-    # With `auto` the bins would grow into whatever a knob frees.
-    config = _knob("update", "max_tokens_per_batch", plan.tokens_per_bin).applied(plan.config)
+    """What each knob alone takes off the peak, the largest saving first; those under 1 MiB are left out. Lengths and
+    numbers of sequences are halved; of other knobs it is the value that saves most."""
+    config = _without_auto(plan)
     candidates = list(knobs(config))
+    if isinstance(config, GRPOConfig):
+        half = _at_once(config) // 2
+        candidates = [knob for knob in candidates if knob.changes.get("max_sequences", half) == half]
     if isinstance(config, GRPOConfig) and config.rollout.max_completion_length > 1:
         candidates.append(_shorter(config, config.rollout.max_completion_length // 2))
     best: dict[tuple[str | None, ...], Saving] = {}  # of several values the least change that saves most
@@ -108,6 +110,19 @@ def savings(planner: Planner, plan: Plan) -> list[Saving]:
         if saved >= 2**20 and (_key(knob) not in best or saved > best[_key(knob)].bytes):
             best[_key(knob)] = Saving(knob, saved)
     return sorted(best.values(), key=lambda saving: -saving.bytes)
+
+
+def _without_auto(plan: Plan) -> RunConfig:
+    """With `auto`, bins and cache would grow into whatever a knob frees."""
+    config = _knob("update", "max_tokens_per_batch", plan.tokens_per_bin).applied(plan.config)
+    if not isinstance(config, GRPOConfig) or config.rollout.engine != "vllm" or plan.gpu is None:
+        return config
+    return _knob("rollout", "kv_cache", str(plan.phase("rollout").parts["KV cache"])).applied(config)
+
+
+def _at_once(config: GRPOConfig) -> int:
+    """Sequences that are sampled together."""
+    return min(config.rollout.max_sequences, config.prompts_per_step * config.rollout.num_generations)
 
 
 def smallest_change(planner: Planner, plan: Plan) -> list[Knob] | None:

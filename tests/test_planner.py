@@ -362,9 +362,8 @@ def test_sequences_at_once():
 
 
 def vllm(**values):
-    return config(
-        {"r": 16}, engine="vllm", max_sequences=64, max_prompt_length=1024, max_completion_length=1024, **values
-    )
+    given = {"engine": "vllm", "max_sequences": 64, "max_prompt_length": 1024, "max_completion_length": 1024}
+    return config({"r": 16}, **(given | values))
 
 
 def test_auto_kv_cache_is_what_is_left_and_no_more_than_is_used():
@@ -493,6 +492,20 @@ def test_savings_of_auto_bins_are_those_of_bins_of_that_size():
     assert auto.peak.name == "backward" and auto.tokens_per_bin > 16_384
     found = [[(saving.knob.text, saving.bytes) for saving in savings(planner, p)] for p in (auto, fixed)]
     assert found[0] == found[1]
+
+
+def test_savings_of_an_auto_cache_are_those_of_a_cache_of_that_size():
+    """It would otherwise grow into what a knob frees, and nothing would seem to help but sampling one at a time."""
+    planner = Planner(model_config("qwen3-1.7b"), "24GB")
+    auto = planner.plan(vllm(max_sequences=512, num_generations=8, prompts_per_step=16))
+    assert auto.peak.name == "rollout" and auto.fits
+    size = auto.phase("rollout").parts["KV cache"]
+    fixed = planner.plan(vllm(max_sequences=512, num_generations=8, prompts_per_step=16, kv_cache=str(size)))
+    found = [[(saving.knob.text, saving.bytes) for saving in savings(planner, p)] for p in (auto, fixed)]
+    assert [pair for pair in found[1] if "kv_cache" not in pair[0]] == found[0]
+    by_name = dict(found[0])
+    assert by_name["rollout.max_sequences=64"] > 2**28  # half of what is sampled at once; graphs and logits
+    assert by_name["model.load_in_4bit=true"] > 2**28
 
 
 @pytest.mark.parametrize(
