@@ -195,6 +195,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
+    counted = False  # in `active`
+
     @property
     def fake(self):
         return self.server.fake
@@ -219,12 +221,18 @@ class Handler(BaseHTTPRequestHandler):
             index = len(fake.requests)
             fake.requests.append(body)
             fake.active += 1
+            self.counted = True
             fake.most_active = max(fake.most_active, fake.active)
         try:
             self.faulty(body, (fake.hook(body, index) if fake.hook else None) or ("honest",))
         finally:
-            with fake.lock:
-                fake.active -= 1
+            self.leave()
+
+    def leave(self):
+        """No longer active: before the answer goes out, since the client may have sent its next request after that."""
+        with self.fake.lock:
+            self.fake.active -= self.counted
+            self.counted = False
 
     def faulty(self, body, fault):
         kind, *more = fault
@@ -245,6 +253,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, body):
         self.fake.statuses[status] += 1
         data = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
+        self.leave()
         try:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))

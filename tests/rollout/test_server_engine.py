@@ -171,9 +171,7 @@ def test_prompts_keep_their_order_and_requests_are_bounded_and_spread(tmp_path, 
     engine.progress = lambda done, total: seen.append((done, total))
     assert found(engine.generate(prompts(), sampling())) == expected(prompts(), sampling())
     assert seen == [(done, 20) for done in range(1, 21)]
-    assert (
-        1 < max(server.most_active for server in servers) <= 6
-    )  # of 20: three each, and the server counts on a little
+    assert 1 < max(server.most_active for server in servers) <= 3
     assert min(len(server.requests) for server in servers) >= 2
 
 
