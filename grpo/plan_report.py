@@ -15,6 +15,7 @@ from typing import Any
 from grpo.config import AdapterConfig, GRPOConfig, RunConfig
 from grpo.errors import InputError
 from grpo.plan_parts import CUDA_CONTEXT
+from grpo.plan_rollout import Sequences
 from grpo.planner import SLACK, Plan, Planner, longest_document
 from grpo.sizes import GIB, format_bytes
 
@@ -82,7 +83,7 @@ def _weight_knobs(config: RunConfig) -> Iterator[Knob]:
 
 
 def _rollout_knobs(config: GRPOConfig) -> Iterator[Knob]:
-    rollout, at_once = config.rollout, _at_once(config)
+    rollout, at_once = config.rollout, Sequences.of(config).count
     if rollout.engine == "vllm" and rollout.kv_cache != "auto":
         yield _knob("rollout", "kv_cache", "auto")
     if rollout.engine != "server":
@@ -100,7 +101,7 @@ def savings(planner: Planner, plan: Plan) -> list[Saving]:
     config = _without_auto(plan)
     candidates = list(knobs(config))
     if isinstance(config, GRPOConfig):
-        half = _at_once(config) // 2
+        half = Sequences.of(config).count // 2
         candidates = [knob for knob in candidates if knob.changes.get("max_sequences", half) == half]
     if isinstance(config, GRPOConfig) and config.rollout.max_completion_length > 1:
         candidates.append(_shorter(config, config.rollout.max_completion_length // 2))
@@ -118,11 +119,6 @@ def _without_auto(plan: Plan) -> RunConfig:
     if not isinstance(config, GRPOConfig) or config.rollout.engine != "vllm" or plan.gpu is None:
         return config
     return _knob("rollout", "kv_cache", str(plan.phase("rollout").parts["KV cache"])).applied(config)
-
-
-def _at_once(config: GRPOConfig) -> int:
-    """Sequences that are sampled together."""
-    return min(config.rollout.max_sequences, config.prompts_per_step * config.rollout.num_generations)
 
 
 def smallest_change(planner: Planner, plan: Plan) -> list[Knob] | None:

@@ -4,8 +4,9 @@ hf     decode: cache of B sequences of P + R tokens, one layer of it twice (it g
        of one layer repeated to all query heads, and 24·B·V of logits (float32 twice, float64 twice: `sample`);
        prefill: the distinct prompts, padded to one length, through one layer with a mask.
 vllm   cache as `rollout.kv_cache` says, weights of its own unless shared; the larger of three float32 logits
-       [sequences, V] and the activations of one scheduler step; asleep too: an int32 penalty table [sequences, V],
-       the adapter's slot, buffers, and CUDA graphs (two of each size and layer with an adapter).
+       [sequences, V] and the activations of one scheduler step; an int32 penalty table [sequences, V], the adapter's
+       slot and buffers, which sleep with weights of its own and stay beside shared ones; CUDA graphs, which always stay
+       (two of each size and layer with an adapter).
 server nothing here.
 Left out: prefix sharing in vLLM's cache (it makes the cache smaller), speculative decoding.
 """
@@ -22,7 +23,7 @@ from grpo.plan_update import Bin, Pass, Path
 from grpo.sizes import format_bytes, parse_bytes
 
 BATCHED_TOKENS = 8192  # of one scheduler step of vLLM: what the engine is started with
-_GRAPH = 174_000  # bytes of one layer in one captured graph: 0.49 GiB for 108 graphs of 28 layers
+_GRAPH = 174_000  # bytes of one layer in one captured graph: Qwen3-1.7B, 108 graphs; Qwen2.5-0.5B, 172: 117,000
 _BUFFERS = int(0.2 * 2**30)  # the engine's own input and state buffers, measured with 128 sequences
 _LARGEST_GRAPH = 512  # sequences
 _KV_MARGIN = 1.05  # blocks that are not full
@@ -74,8 +75,8 @@ def logit_bytes(rows: int, vocabulary: int) -> int:
     return rows * vocabulary * (4 + 4 + 8 + 8)
 
 
-def engine_resident(config: GRPOConfig, facts: ModelFacts) -> Parts:
-    """vLLM beside weights and cache, asleep too."""
+def engine_parts(config: GRPOConfig, facts: ModelFacts) -> Parts:
+    """vLLM beside weights and cache, whether it samples or not."""
     w, rollout = facts.widths, config.rollout
     slot = facts.counts.trained * facts.element if facts.adapted else 0
     parts = {"engine": rollout.max_sequences * w.vocabulary * 4 + slot + _BUFFERS}
@@ -137,5 +138,5 @@ def kv_cache_of(config: GRPOConfig, facts: ModelFacts, kv_per_token: int, free: 
 
 def cache_room(config: GRPOConfig, facts: ModelFacts, free: int) -> int:
     """What the cache may take of `free` bytes beside the engine's weights and working set; 5 % stay for gaps."""
-    stays = sum(engine_resident(config, facts).values())
-    return int(free * 0.95) - engine_weights(config, facts) - stays - engine_sampling(config, facts)
+    beside = sum(engine_parts(config, facts).values()) + engine_sampling(config, facts)
+    return int(free * 0.95) - engine_weights(config, facts) - beside

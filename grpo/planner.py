@@ -36,7 +36,7 @@ from grpo.plan_parts import (
 from grpo.plan_rollout import (
     Sequences,
     cache_room,
-    engine_resident,
+    engine_parts,
     engine_sampling,
     engine_weights,
     hf_parts,
@@ -223,7 +223,10 @@ class Planner:
         """What is there before the first step and stays."""
         parts = resident_parts(facts, config)
         if isinstance(config, GRPOConfig) and config.rollout.engine == "vllm":
-            parts |= engine_resident(config, facts)
+            asleep = engine_parts(config, facts)
+            if engine_weights(config, facts):  # they sleep, and the engine's buffers with them
+                asleep.pop("engine")
+            parts |= asleep
         return parts
 
     def _phases(self, config: RunConfig, facts: ModelFacts, resident: Parts, bin_: Bin) -> tuple[Phase, ...]:
@@ -266,7 +269,7 @@ class Planner:
             return hf_parts(facts, Path.of(config, facts), per_token, Sequences.of(config))
         if config.rollout.engine == "server":
             return {}
-        own = {"sampling": engine_sampling(config, facts)}
+        own = engine_parts(config, facts) | {"sampling": engine_sampling(config, facts)}
         if size := engine_weights(config, facts):
             own["engine weights"] = size  # they leave when it sleeps
         if self.gpu is None and (config.rollout.kv_cache == "auto" or isinstance(config.rollout.kv_cache, float)):

@@ -78,6 +78,7 @@ _HARMLESS = {
     "use_liger_kernel": (False,),
     "sync_ref_model": (False,),
     "fp16": (False,),
+    "max_length": (None,),
     "completion_only_loss": (True, None),
     "assistant_only_loss": (False,),
     "packing": (True,),

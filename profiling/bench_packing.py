@@ -32,7 +32,7 @@ from grpo.bench_models import SHAPES, model_config, random_model
 from grpo.config import SFTConfig
 from grpo.packing import Document, pack_documents, packing_metrics
 from grpo.trainer.build import build_policy
-from profiling.measure import device_slug, environment, measure, origin, write_json, write_tables
+from profiling.measure import device_slug, environment, measure, with_origin, write_json, write_tables
 
 HERE = Path(__file__).parent
 IGNORED = -100
@@ -258,11 +258,6 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(data: dict[str, Any]) -> str:
-    """Where the figures of one results file come from, and their table."""
-    return f"{origin(data['environment'])}\n\n{table(data)}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -279,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     given = parser.parse_args(arguments)
     if given.table:
-        write_tables("packing", page)
+        write_tables("packing", with_origin(table))
         return
     device = torch.device(given.device)
     case = Case(given.shape, given.rows, 1024, given.batch_size, given.tokens_per_bin, device, given.seed)

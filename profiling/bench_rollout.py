@@ -35,7 +35,7 @@ from grpo.model.policy import Policy
 from grpo.packing import Document, pack_documents
 from grpo.rollout.engine import Sampling
 from grpo.rollout.hf_engine import HFEngine
-from profiling.measure import GIB, device_slug, environment, origin, write_json, write_tables
+from profiling.measure import GIB, device_slug, environment, with_origin, write_json, write_tables
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -311,11 +311,6 @@ def table(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(data: dict[str, Any]) -> str:
-    """Where the figures of one results file come from, and the figures."""
-    return f"{origin(data['environment'])}\n\n{table(data['figures'])}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -327,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     given = parser.parse_args(arguments)
     if given.table:
-        write_tables("rollout", page)
+        write_tables("rollout", with_origin(table, "figures"))
         return
     start = time.monotonic()
     device = torch.device(given.device)

@@ -40,7 +40,7 @@ from grpo.config import SFTConfig
 from grpo.demo import make_tokenizer
 from grpo.sft import SFTTrainer
 from profiling.bench_packing import IGNORED, TOKENS, mixed_lengths, padded_utilization
-from profiling.measure import GIB, device_slug, environment, origin, write_json, write_tables
+from profiling.measure import GIB, device_slug, environment, with_origin, write_json, write_tables
 
 HERE = Path(__file__).parent
 METHODS = ("padded", "packed", "packed, offload")
@@ -282,11 +282,6 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(data: dict[str, Any]) -> str:
-    """Where the figures of one results file come from, and their table."""
-    return f"{origin(data['environment'])}\n\n{table(data)}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -307,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     given = parser.parse_args(arguments)
     if given.table:
-        write_tables("sft", page)
+        write_tables("sft", with_origin(table))
         return
     case = _case(given)
     if case.examples_per_step % case.per_device or case.warm_up_steps < 1:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-
 GIB = 2**30
 
 
@@ -152,6 +151,11 @@ def write_between(readme: Path, name: str, text: str) -> None:
     begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
     before, rest = readme.read_text().split(begin)
     readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def with_origin(table: Callable[[Any], str], key: str | None = None) -> Callable[[dict[str, Any]], str]:
+    """`table` of a results file (or of what stands there under `key`), below the line that says where it comes from."""
+    return lambda data: f"{origin(data['environment'])}\n\n{table(data if key is None else data[key])}"
 
 
 def write_tables(name: str, table: Callable[[dict[str, Any]], str], folder: Path = HERE) -> None:

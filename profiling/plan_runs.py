@@ -146,8 +146,8 @@ def results(only: list[str] | None, ends: float) -> Iterator[dict[str, Any]]:
             if out.exists():
                 yield row | json.loads(out.read_text())
             else:
-                last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-                yield row | {"failed": last[:200]}
+                last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:200]
+                yield row | {"failed" if "out of memory" in last.lower() else "skipped": last}
 
 
 def main(arguments: list[str] | None = None) -> None:

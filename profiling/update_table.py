@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from grpo.bench import PLAIN
 from profiling.measure import origin
-
-HERE = Path(__file__).parent
 
 
 def line(case: str, found: dict[str, Any], errors: dict[str, float]) -> str:

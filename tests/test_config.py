@@ -216,6 +216,7 @@ def test_names_of_trls_supervised_trainer():
         report_to="none",
         packing=True,
         completion_only_loss=True,
+        max_length=None,
     )
     assert config.examples_per_step == 24
     assert (config.model.dtype, config.optimizer.name) == ("bfloat16", "adamw")
