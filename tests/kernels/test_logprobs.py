@@ -320,12 +320,13 @@ def test_tile_shape_keeps_within_the_limit(v, h, mib):
 
 
 def test_tile_shapes_of_known_models():
-    assert tile_shape(4096, 128_256, 512) == (1024, 64_128)
+    assert tile_shape(4096, 128_256, 512) == (2048, 32_064)
     assert tile_shape(4096, 128_256, 128) == (1024, 16_064)
     assert tile_shape(4096, 128_256, 16) == (256, 6784)
     assert tile_shape(4096, 128_256, 1) == (34, 1024)
     assert tile_shape(2048, 151_936, 512) == (2048, 38_016)
-    assert scratch_bytes(4096, 128_256) == 1024 * (6 * 64_128 + 6 * 4096 + 16)
+    assert tile_shape(1024, 151_936, 512) == (4096, 19_008)
+    assert scratch_bytes(4096, 128_256) == 2048 * (6 * 32_064 + 6 * 4096 + 16)
 
 
 # --- 5. any loss on log-probs ----------------------------------------------------------------------------------------
