@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from grpo.kernels import resolve_backend, token_logprobs
-from profiling.measure import GIB, Measurement, device_slug, environment, measure
+from profiling.measure import GIB, Measurement, device_slug, earlier_results, environment, measure
 from tests.kernels.oracle import oracle
 
 HERE = Path(__file__).parent
@@ -312,18 +312,6 @@ def _entry(results: dict[str, Any], shape: tuple[int, int, int]) -> dict[str, An
     return results["shapes"][-1]
 
 
-def _start_results(out: Path, env: dict[str, Any], *, update: bool) -> dict[str, Any]:
-    """Empty results, or with `update` those in the file: same device and versions, one more command."""
-    if not (update and out.exists()):
-        return {"environment": env, "shapes": []}
-    old = json.loads(out.read_text())
-    for key in ("device", "driver", "torch", "triton", "commit"):
-        if old["environment"][key] != env[key]:
-            raise SystemExit(f"--update: {out} has {key} {old['environment'][key]}, now {env[key]}")
-    old["environment"]["command"] += f"; {env['command']}"
-    return old
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
@@ -414,7 +402,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or HERE / "results" / device_slug(given.device) / "logprobs.json"
     settings = Settings(torch.device(given.device), given.seconds)
     env = environment(given.device, given.commit)
-    run(shapes, chosen, settings, _start_results(out, env, update=given.update), out)
+    earlier = earlier_results(out, env) if given.update else None
+    run(shapes, chosen, settings, earlier or {"environment": env, "shapes": []}, out)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from grpo.model.policy import Policy
 from grpo.optim import make_optimizer
 from grpo.plan_parts import CUDA_CONTEXT
 from grpo.planner import SLACK, Phase, Planner
-from profiling.measure import GIB, device_slug, environment, origin, write_json, write_tables
+from profiling.measure import GIB, device_slug, earlier_results, environment, origin, write_json, write_tables
 from profiling.plan_runs import results as runs
 
 HERE = Path(__file__).parent
@@ -265,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no row is begun")
     parser.add_argument("--out", type=Path, help="default: profiling/results/<device>/plan.json")
     parser.add_argument("--commit", help="recorded in the JSON where the checkout has no git")
+    parser.add_argument("--update", action="store_true", help="keep the other rows of an earlier run's JSON")
     parser.add_argument("--table", action="store_true", help="rewrite profiling/README.md, measure nothing")
     parser.add_argument("--no-runs", action="store_true", help="without the whole runs on vLLM")
     given = parser.parse_args(arguments)
@@ -274,7 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(given.device)
     out = given.out or HERE / "results" / device_slug(given.device) / "plan.json"
     grid = tuple(r for r in (TOY if given.toy else GRID) if not given.only or any(o in r.name for o in given.only))
-    data: dict[str, Any] = {"environment": environment(given.device, given.commit), "rows": []}
+    env = environment(given.device, given.commit)
+    earlier = earlier_results(out, env) if given.update else None
+    data: dict[str, Any] = earlier or {"environment": env, "rows": []}
     start = time.perf_counter()
     found_rows = rows(grid, device, given.budget)
     if device.type == "cuda" and not given.toy and not given.no_runs:
@@ -284,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
             ends = start + given.budget
             found_rows = itertools.chain(found_rows, map(_with_ratio, runs(given.only, ends)))
     for found in found_rows:
-        data["rows"].append(found)
+        data["rows"] = [old for old in data["rows"] if old["name"] != found["name"]] + [found]
         write_json(out, data)
         print(line(found), flush=True)
     print(summary(data["rows"]))

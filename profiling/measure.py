@@ -141,6 +141,23 @@ def environment(device: torch.device | str, commit: str | None = None) -> dict[s
     }
 
 
+def earlier_results(out: Path, env: dict[str, Any]) -> dict[str, Any] | None:
+    """For `--update`: what stands in `out`, with this command beside its own; None where there is no such file.
+
+    Raises:
+        SystemExit: it comes from another device, other versions or another commit.
+    """
+    if not out.exists():
+        return None
+    data: dict[str, Any] = json.loads(out.read_text())
+    old = data["environment"]
+    for key in ("device", "driver", "torch", "triton", "commit"):
+        if old[key] != env[key]:
+            raise SystemExit(f"--update: {out} has {key} {old[key]}, now {env[key]}")
+    old["command"] += f"; {env['command']}"
+    return data
+
+
 def origin(env: dict[str, Any]) -> str:
     """One line of a README: where a table comes from."""
     return f"{env['device']}, torch {env['torch']}, commit {env['commit'][:12]}, {env['date']}: `{env['command']}`"

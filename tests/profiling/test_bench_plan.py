@@ -45,6 +45,21 @@ def test_no_row_is_begun_when_time_is_over(tmp_path):
     assert [row["skipped"] for row in rows] == ["no time left"] * 4
 
 
+def test_update_measures_some_rows_anew_and_keeps_the_others(tmp_path):
+    out = tmp_path / "plan.json"
+    main(["--toy", "--device", "cpu", "--budget", "0", "--out", str(out)])
+    main(["--toy", "--device", "cpu", "--only", "lora", "--update", "--out", str(out)])
+    data = json.loads(out.read_text())
+    measured = {row["name"]: "resident_gib" in row for row in data["rows"]}
+    assert len(measured) == len(data["rows"]) == 4
+    assert all(found == ("lora" in name) for name, found in measured.items()) and any(measured.values())
+    assert data["environment"]["command"].count("; ") == 1
+    data["environment"]["torch"] = "1.0"
+    out.write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match=r"has torch 1\.0, now"):
+        main(["--toy", "--device", "cpu", "--update", "--out", str(out)])
+
+
 def test_bounds_are_counted():
     rows = [{"ratio": 1.01}, {"ratio": 0.94}, {"ratio": 1.2}, {"failed": "out of memory"}, {"skipped": "…"}]
     assert summary(rows) == "3 measured: 1 within 5%, 2 within 10%, worst 20.0%; 1 ran out of memory"
