@@ -32,7 +32,8 @@ class Card:
     """A device, on which torch may reserve `size` bytes (None: all there is) inside a `with` block.
 
     Raises:
-        InputError: `size` on a device without an allocator to cap, or more than the device has.
+        InputError: `size` on a device without an allocator to cap, or more than the device has; on entering the block,
+            less than this process already holds there.
     """
 
     def __init__(self, device: torch.device, size: int | None = None) -> None:
@@ -65,6 +66,12 @@ class Card:
 
     def __enter__(self) -> Card:
         if self.size is not None:
+            self.clean()  # what is cached would count, and stay for good once anything lasting is put into it
+            held = torch.cuda.memory_reserved(self.device)
+            if held > self.size:
+                raise InputError(
+                    f"a card of {self.size / 1e9:g} GB, of which this process already holds {held / 1e9:.1f} GB"
+                )
             torch.cuda.set_per_process_memory_fraction(self.size / self._total(), self.device)
         return self
 

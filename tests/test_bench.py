@@ -286,22 +286,27 @@ def test_a_cap_is_felt_and_taken_off_again():
         assert 0.55 < card.peaks()["peak_gib"] <= card.peaks()["reserved_gib"] < 1e9 / 2**30
         del held
     card.clean()
-    torch.empty(1_100_000_000, dtype=torch.uint8, device="cuda")
+    large = torch.empty(1_100_000_000, dtype=torch.uint8, device="cuda")
+    with pytest.raises(InputError, match=r"a card of 1 GB, of which this process already holds 1\.\d GB"), card:
+        pass
+    del large  # what stays cached must not count on the next test's smaller card
 
 
 @pytest.mark.gpu
 def test_the_longest_on_a_small_card():
-    """Half a GB: what passed stays within it, and a little more does not fit."""
-    case = Case("gpu", "toy", 1, 64, 64, rank=4, four_bit=True)
-    card = Card(torch.device("cuda"), 500_000_000)
+    """Two GB: what passed stays within them, and a little more does not fit."""
+    case = Case(
+        "gpu", "qwen2.5-0.5b", 1, 64, 64, rank=4, four_bit=True
+    )  # a toy's short tries predict no long one's time
+    card = Card(torch.device("cuda"), 2_000_000_000)
     ways = [WAYS[0], WAYS[2]]
-    for entry in find_longest(case, ways, card, budget_s=240, probes=(16_384, 32_768)):
-        assert entry["longest"] is not None and entry["limited_by"] == "memory", entry["rows"]
+    for entry in find_longest(case, ways, card, budget_s=240, probes=(2048, 4096)):
+        assert entry["limited_by"] == "memory", entry["rows"]
         assert entry["longest"] < entry["fails_at"]
         best = next(row for row in entry["rows"] if row["tokens"] == entry["longest"])
-        assert best["reserved_gib"] <= 500_000_000 / 2**30
+        assert best["reserved_gib"] <= 2_000_000_000 / 2**30
         if entry["method"] == WAYS[2].name:
-            assert best["pinned_gib"] == pytest.approx(2 * best["tokens"] * 64 * 2 / 2**30, rel=0.05)
+            assert best["pinned_gib"] == pytest.approx(23 * best["tokens"] * 896 * 2 / 2**30, rel=0.05)
 
 
 def test_mixtures_are_not_quantised():
