@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,16 +184,6 @@ def write_table(readme: Path = HERE / "README.md", results: Path = HERE / "resul
     readme.write_text(f"{before}{MARKERS[0]}\n{table(results)}{MARKERS[1]}{after}")
 
 
-def _peer_versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in ("transformers", "liger_kernel"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -216,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     keys = [key for key in made if not given.case or any(part in key for part in given.case)]
     out = given.out or HERE / "results" / device_slug(device) / "kernels.json"
     settings = Settings(device, given.seconds, 2**20 if given.toy else 2**30)
-    run(keys, given.only, settings, made, environment(device, given.commit) | _peer_versions(), out)
+    run(keys, given.only, settings, made, environment(device, given.commit), out)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def plot(data: dict[str, Any], out: Path) -> None:
             axis.set_xlim(0, None)
             axis.locator_params(axis="x", nbins=5)
             axis.grid(alpha=0.3)
+        if any("failed" in row for found in entry["methods"] for row in found["rows"]):
+            memory.plot([], [], "x", color="grey", label="did not fit")
         memory.legend(fontsize=8, loc="best")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

@@ -21,6 +21,8 @@ import torch
 
 HERE = Path(__file__).parent
 GIB = 2**30
+# Whose versions a figure may depend on
+PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "vllm", "trl", "liger_kernel", "cut_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def device_slug(device: torch.device | str) -> str:
 
 
 def environment(device: torch.device | str, commit: str | None = None) -> dict[str, Any]:
-    """What a figure depends on: device, driver, versions, commit and the command that gave it."""
+    """What a figure depends on: device, driver, versions (None: not installed), commit and the command that gave it."""
     cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
@@ -133,7 +135,7 @@ def environment(device: torch.device | str, commit: str | None = None) -> dict[s
         "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if cuda else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        **{package: _version(package) for package in PACKAGES},
         "python": platform.python_version(),
         "commit": commit or _first_line(["git", "rev-parse", "HEAD"]),
         "command": " ".join(["python", "-m", _module(), *_without_paths(sys.argv[1:])]),

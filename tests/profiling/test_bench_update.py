@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ def test_rows_errors_and_origin(results):
     assert ours["tokens_per_s"] == pytest.approx(600 / ours["forward_backward"]["median_ms"] * 1e3, rel=1e-3)
     assert all(error < 1e-5 for error in entry["gradient_errors"].values())
     assert entry["environment"]["torch"] == torch.__version__
+    assert entry["environment"]["peft"] == peft.__version__ and "trl" in entry["environment"]
 
 
 def test_the_table_says_what_the_json_says(results):
