@@ -294,10 +294,9 @@ def test_a_cap_is_felt_and_taken_off_again():
 
 @pytest.mark.gpu
 def test_the_longest_on_a_small_card():
-    """Two GB: what passed stays within them, and a little more does not fit."""
-    case = Case(
-        "gpu", "qwen2.5-0.5b", 1, 64, 64, rank=4, four_bit=True
-    )  # a toy's short tries predict no long one's time
+    """Two GB: what passed stays within them, and a little more does not fit. (A toy's tries are too short to predict
+    the time of long ones.)"""
+    case = Case("gpu", "qwen2.5-0.5b", 1, 64, 64, rank=4, four_bit=True)
     card = Card(torch.device("cuda"), 2_000_000_000)
     ways = [WAYS[0], WAYS[2]]
     for entry in find_longest(case, ways, card, budget_s=240, probes=(2048, 4096)):
