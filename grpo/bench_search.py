@@ -4,9 +4,9 @@ A peak grows linearly with the length and a step's time with its square at most,
 
     peak(T) = c + m·T        seconds(T) = a·T + b·T²
 
-The predicted length is tried, then a little more until something fails, then what lies between, until the longest that
-passed and the shortest that failed are 2.5 % apart. A length that would outlast the budget is not begun; the search
-then ends at the longest that the budget allows and says so.
+The predicted length is tried, then a little more until something fails, then less by growing steps and halves of what
+lies between, until the longest that passed and the shortest that failed are 2.5 % apart. A length that would outlast
+the budget is not begun; the search then ends at the longest that the budget allows and says so.
 Left out: memory that does not grow linearly. The line is drawn anew through the two longest tries each time.
 """
 
@@ -89,7 +89,8 @@ class Search:
             return _MARGIN * bound if low < (_MARGIN - PRECISION / 2) * bound else low * (1 + PRECISION)
         if low < _MARGIN * bound < high:
             return _MARGIN * bound
-        return max((low + high) / 2, high * (1 - 2 * PRECISION))
+        failures = sum("failed" in row for row in self.rows)
+        return max((low + high) / 2, high * (1 - PRECISION * 2**failures))
 
     def _clear_of(self, low: int, high: int | None, wanted: float) -> int:
         """A multiple of `step` above `low`, below `high` and at most `most`."""

@@ -87,6 +87,12 @@ def test_no_try_outlasts_the_budget():
     assert made.search(200.0, budget=1.0).longest == 8192  # the probes are always run
 
 
+def test_a_line_far_too_flat_takes_growing_steps_down():
+    made = Made(43_375)  # the line of the probes says 86,750
+    found = made.search(22.35, max_tries=12)
+    assert found.limited_by == "memory" and found.longest <= 43_375 < found.fails_at
+
+
 def test_a_probe_that_fails_is_narrowed_down_without_a_prediction():
     made = Made(5000)
     found = made.search(6.0, probes=(4096, 8192), step=64, max_tries=20)
