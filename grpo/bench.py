@@ -3,39 +3,36 @@
     result = find_longest(case, WAYS, Card(torch.device("cuda"), parse_bytes("24GB")), budget_s=600)
     result = at_lengths(case, WAYS, Card(torch.device("cuda")), [8192, 32768])
 
-One try is a fresh model, a short warm-up step (so that kernels are compiled and optimizer state exists, as in the
-middle of a run), then whole optimizer steps on one row: forward, GRPO loss, backward, clip, 8-bit AdamW (fp32 on a
-CPU). Memory scales with the row: further rows of a group are further bins, one after the other.
-
+A try is some optimizer steps on one row (bench_try.py); other trainers are tried in processes of their own
+(bench_process.py). Memory scales with the row: further rows of a group are further bins, one after the other.
 bench_card.py has the card and the arithmetic, bench_search.py the search.
 Left out: rollouts, and the engine that may share the card with training.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grpo.bench_card import FORMULA, Card, Rate, model_flops
+from grpo.bench_card import FORMULA, Card, Rate
 from grpo.bench_models import MAX_POSITIONS, TRAINING_METHODS, Case, build, model_config
 from grpo.bench_peers import PEERS
+from grpo.bench_process import attempt_apart, gradient_apart
 from grpo.bench_search import Row, Search
-from grpo.bench_step import Data, Method, num_prompt, ours
-from grpo.config import OptimizerConfig
+from grpo.bench_step import Data, Method, ours
+from grpo.bench_try import attempt_here, gradient_here, gradients
 from grpo.errors import InputError, RunError, clip
-from grpo.ledger import GIB
-from grpo.model.attention import spare_rows
 from grpo.model.load import resolve_device
 from grpo.model.policy import Policy
-from grpo.optim import make_optimizer
 from grpo.sizes import parse_card
 from grpo.trainer.metrics import environment_facts
 
@@ -46,105 +43,8 @@ WAYS = (
     *(Method(name, peer=True) for name in PEERS),
 )
 PLAIN = "stock layers, no savings"
-WARM_UP = 2048  # tokens
-AGAIN_BELOW = 20.0  # seconds: a step that takes less is timed a second time
 Say = Callable[[str], None]
-
-
-# --- one try ---------------------------------------------------------------------------------------------------------
-
-
-def attempt(case: Case, method: Method, card: Card, rate: Rate) -> Row:
-    """One step at `case.length` from a clean allocator: its figures, or `failed` with what ran out.
-
-    Raises:
-        RuntimeError: anything but memory that ran out.
-    """
-    row: Row = {"tokens": case.length, "completion": case.length - num_prompt(case.length)}
-    card.clean()
-    start = time.perf_counter()
-    try:
-        row |= _steps(case, method, card, rate)
-    except RuntimeError as error:
-        if not _ran_out(error):
-            raise
-        row["failed"] = clip(error, 160)
-    card.clean()
-    return row | {"wall_s": round(time.perf_counter() - start, 2)}
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    of_host = isinstance(error, RunError) and "host memory" in str(error)
-    return of_host or isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
-def _steps(case: Case, method: Method, card: Card, rate: Rate) -> Row:
-    model = build(case, card.device, card.dtype)
-    facts: Row = {"weights_gib": card.held_gib()}
-    update, policy = _update(model, case, method, card)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(
-        parameters, OptimizerConfig(name="adamw_8bit" if card.device.type == "cuda" else "adamw")
-    )
-
-    def step(run: Callable[[], None]) -> float:
-        run()
-        norm = nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(norm)
-
-    short = min(case.length, WARM_UP)
-    step(update(Data.make(replace(case, length=short, bin_tokens=short), card.device)))
-    data = Data.make(case, card.device)
-    card.clean()
-    facts |= {"pin_seconds": _pin(policy, data)}
-    run = update(data)
-    found = _timed(lambda: step(run), card) | card.peaks() | facts
-    if policy is not None and policy.checkpointer is not None and policy.checkpointer.host is not None:
-        found["pinned_gib"] = round(policy.checkpointer.host.arena.capacity / GIB, 4)
-    if not math.isfinite(found["gradient_norm"]):
-        raise RunError(f"{method.name}, {case.length} tokens: the gradient is not finite")
-    found["tokens_per_s"] = round(case.rows * case.length / found["seconds"], 1)
-    found["mfu"] = round(model_flops(model, case) / found["seconds"] / rate.flops, 4)
-    return found
-
-
-def _update(
-    model: nn.Module, case: Case, method: Method, card: Card
-) -> tuple[Callable[[Data], Callable[[], None]], Policy | None]:
-    if method.peer:
-        return PEERS[method.name](model, case.rows, card.device), None
-    policy = Policy(model, **dict(method.options))
-    return lambda data: ours(policy, data), policy
-
-
-def _timed(step: Callable[[], float], card: Card) -> Row:
-    """The last of one or two steps, the second only after a quick first one."""
-    count, seconds = 0, 0.0
-    while count < 2 and seconds < AGAIN_BELOW:
-        count += 1
-        card.synchronize()
-        start = time.perf_counter()
-        norm = step()
-        card.synchronize()
-        seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 4), "steps": count, "gradient_norm": norm}
-
-
-def _pin(policy: Policy | None, data: Data) -> float | None:
-    """Seconds to pin the host memory of the coming step, which a run pays once; None where there is none."""
-    host = policy.checkpointer.host if policy is not None and policy.checkpointer is not None else None
-    if policy is None or host is None:
-        return None
-    start = time.perf_counter()
-    like = policy.head.weight
-    tokens = data.batches[0].input_ids.shape[0] + spare_rows(data.batches[0].segments, like)
-    host.arena.reserve(len(policy.layers) - 1, tokens * like.shape[1] * like.element_size())
-    return round(time.perf_counter() - start, 2)
-
-
-# --- all of it -------------------------------------------------------------------------------------------------------
+TryOne = Callable[[int], Row]
 
 
 def find_longest(
@@ -163,53 +63,85 @@ def find_longest(
     """
     check_lengths(card, None)
     end = time.perf_counter() + budget_s
-    with card:
-        rate = Rate.of(card)
-        for place, method in enumerate(methods):
-            share = (end - time.perf_counter()) / (len(methods) - place)
-            if share <= 0:
-                yield {"method": method.name, "skipped": "no seconds of the budget left", "rows": []}
-                continue
-            search = Search(card.capacity_gib, share, most, step=min(512, probes[0]))
+    rate = Rate.of(card)
+    for place, method in enumerate(methods):
+        entry = _entry(method, rate)
+        share = (end - time.perf_counter()) / (len(methods) - place)
+        if share <= 0:
+            yield entry | {"skipped": "no seconds of the budget left"}
+            continue
+        search = Search(card.capacity_gib, share, most, step=min(512, probes[0]), rows=entry["rows"])
 
-            def try_one(tokens: int, method: Method = method, rate: Rate = rate) -> Row:
-                row = attempt(replace(case, length=tokens, bin_tokens=tokens), method, card, rate)
-                say(describe(method, row))
-                return row
-
-            entry: dict[str, Any] = {"method": method.name, "gemm_tflops": round(rate.flops / 1e12, 1)}
-            try:
-                search.run(try_one, probes, time.perf_counter)
-            except (ImportError, InputError) as error:
-                yield entry | {"skipped": clip(error, 160), "rows": []}
-                continue
-            yield entry | {
-                "rows": search.rows,
+        def seek(try_one: TryOne, search: Search = search) -> dict[str, Any]:
+            search.run(try_one, probes, time.perf_counter)
+            return {
                 "longest": search.longest,
                 "fails_at": search.fails_at,
                 "limited_by": search.limited_by,
                 "peak_line_gib": search.line(),
             }
 
+        yield entry | _measured(seek, case, method, card, rate, say)
+
 
 def at_lengths(
     case: Case, methods: Sequence[Method], card: Card, lengths: Sequence[int], *, say: Say = lambda text: None
 ) -> Iterator[dict[str, Any]]:
     """The same figures at given lengths, ascending; a method's lengths end with the first that fails."""
-    with card:
-        rate = Rate.of(card)
-        for method in methods:
-            entry: dict[str, Any] = {"method": method.name, "gemm_tflops": round(rate.flops / 1e12, 1), "rows": []}
-            try:
-                for tokens in sorted(lengths):
-                    row = attempt(replace(case, length=tokens, bin_tokens=tokens), method, card, rate)
-                    entry["rows"].append(row)
-                    say(describe(method, row))
-                    if "failed" in row:
-                        break
-            except (ImportError, InputError) as error:
-                entry["skipped"] = clip(error, 160)
-            yield entry
+    rate = Rate.of(card)
+    for method in methods:
+        entry = _entry(method, rate)
+
+        def go_up(try_one: TryOne, rows: list[Row] = entry["rows"]) -> dict[str, Any]:
+            for tokens in sorted(lengths):
+                rows.append(try_one(tokens))
+                if "failed" in rows[-1]:
+                    break
+            return {}
+
+        yield entry | _measured(go_up, case, method, card, rate, say)
+
+
+def _entry(method: Method, rate: Rate) -> dict[str, Any]:
+    return {"method": method.name, "gemm_tflops": round(rate.flops / 1e12, 1), "rows": []}
+
+
+def _measured(
+    run: Callable[[TryOne], dict[str, Any]], case: Case, method: Method, card: Card, rate: Rate, say: Say
+) -> dict[str, Any]:
+    """What `run` finds with tries on the card, or why a peer cannot be measured."""
+    try:
+        with _files(case, method, card) as files, card:
+
+            def try_one(tokens: int) -> Row:
+                row = attempt(replace(case, length=tokens, bin_tokens=tokens), method, card, rate, files)
+                say(describe(method, row))
+                return row
+
+            return run(try_one)
+    except (InputError, RunError) as error:
+        if not method.peer:
+            raise
+        say(f"{method.name}: {clip(error, 160)}")
+        return {"skipped": clip(error, 160)}
+
+
+@contextmanager
+def _files(case: Case, method: Method, card: Card, **changes: Any) -> Iterator[Path | None]:
+    """The case's model as files, for a peer that reads them; made without the card's cap."""
+    peer = PEERS.get(method.name) if method.peer else None
+    if peer is None or peer.write is None or not peer.installed:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        peer.write(case, Path(folder), card.device, card.dtype, **changes)
+        card.clean()
+        yield Path(folder)
+
+
+def attempt(case: Case, method: Method, card: Card, rate: Rate, files: Path | None = None) -> Row:
+    """`attempt_here` or, for a peer, `attempt_apart`, with the errors of either."""
+    return (attempt_apart if method.peer else attempt_here)(case, method, card, rate, files)
 
 
 def describe(method: Method, row: Row) -> str:
@@ -265,7 +197,7 @@ def benchmark(
     check_lengths(card, tokens)
     model_config(model)
     case = Case("bench", model, 1, MAX_POSITIONS, MAX_POSITIONS, training == "qlora", 0 if training == "full" else 16)
-    methods = [way for way in WAYS if not way.peer or importlib.util.find_spec("trl")]
+    methods = [way for way in WAYS if not way.peer or PEERS[way.name].installed]
     if tokens:
         found = at_lengths(case, methods, card, tokens, say=say)
     else:
@@ -277,7 +209,7 @@ def benchmark(
         "flops": FORMULA,
         "environment": environment_facts(),
         "methods": list(found),
-        "gradient_errors": gradient_errors(case, methods, card.device),
+        "gradient_errors": gradient_errors(case, methods, card.device, say=say),
     }
 
 
@@ -285,45 +217,52 @@ def benchmark(
 
 
 def gradient_errors(
-    case: Case, methods: Sequence[Method], device: torch.device, length: int = 1024
+    case: Case,
+    methods: Sequence[Method],
+    device: torch.device,
+    length: int = 1024,
+    *,
+    say: Say = lambda text: None,
 ) -> dict[str, float]:
     """‖g − g*‖ / ‖g*‖ over all gradients, two rows, two layers of the case's widths; g* in float32 without any saving.
 
     With 4-bit weights g* uses the dequantised ones. PLAIN is the stock model in the case's dtype: what rounding alone
-    does. Peers that cannot run here are left out.
+    does. A peer that cannot run here is left out, and said.
     """
     length = min(case.length, length)
     small = replace(case, rows=2, length=length, bin_tokens=2 * length, options=())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    data = Data.make(small, device)
     dense = _dense_weights(build(small, device, dtype, num_hidden_layers=2))
     exact = build(replace(small, four_bit=False), device, torch.float32, num_hidden_layers=2)
     exact.load_state_dict(dense, strict=False)
     del dense
-    truth = _gradient(exact, ours(Policy(exact, fused_kernels=False), data))
+    truth = gradients(exact, ours(Policy(exact, fused_kernels=False), Data.make(small, device)))
     del exact
+    size = _norm(truth.values())
     errors = {}
     for method in (Method(PLAIN, (("fused_kernels", False),)), *methods):
-        with _peers_may_be_absent(method):
-            model = build(small, device, dtype, num_hidden_layers=2)
-            update, _ = _update(model, small, method, Card(device))
-            found = _gradient(model, update(data))
-            errors[method.name] = float((found - truth).norm() / truth.norm())
+        try:
+            found = _gradient_of(small, method, device)
+            if found.keys() != truth.keys():
+                raise RunError("it trains other parameters than are trained here")
+        except (InputError, RunError) as error:
+            if not method.peer:
+                raise
+            say(f"{method.name}: no gradient ({clip(error, 160)})")
+            continue
+        errors[method.name] = _norm(found[name] - truth[name] for name in truth) / size
     return errors
 
 
-@contextmanager
-def _peers_may_be_absent(method: Method) -> Iterator[None]:
-    try:
-        yield
-    except (ImportError, InputError):
-        if not method.peer:
-            raise
+def _gradient_of(small: Case, method: Method, device: torch.device) -> dict[str, Tensor]:
+    if not method.peer:
+        return gradient_here(small, method, device, None, num_hidden_layers=2)
+    with _files(small, method, Card(device), num_hidden_layers=2) as files:
+        return gradient_apart(small, method, device, files, num_hidden_layers=2)
 
 
-def _gradient(model: nn.Module, run: Callable[[], None]) -> Tensor:
-    run()
-    return torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.norm()) ** 2 for tensor in tensors))
 
 
 def _dense_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -21,11 +21,12 @@ from torch import nn
 
 from grpo.bench_models import Case
 from grpo.bench_step import num_prompt
-from grpo.errors import InputError
+from grpo.errors import InputError, RunError
 from grpo.ledger import GIB, MemoryMeter
 from grpo.model.adapter import base_of
 
 FORMULA = "x·P·T + 6·A·T + x·V·H·N + 6·L·D·T², x = 6 where the weights are trained, 4 where frozen"
+_LASTING_GIB = 0.25  # what libraries keep from their first call on: cuBLAS 0.07 on an H100
 
 
 class Card:
@@ -41,6 +42,7 @@ class Card:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.size = device, size
         self._meter = MemoryMeter()
+        self._held: float | None = None  # on entering the block
         if size is not None and device.type != "cuda":
             raise InputError(f"a card of {size / 1e9:g} GB on {device} (want a CUDA device, or lengths to measure)")
         if size is not None and size > self._total():
@@ -61,6 +63,11 @@ class Card:
         free, _ = torch.cuda.mem_get_info(self.device)
         return (free + torch.cuda.memory_reserved(self.device)) / GIB
 
+    def memory_info(self, device: Any = None) -> tuple[int, int]:
+        """(free, total) bytes, as `torch.cuda.mem_get_info` says of a whole device, of a card with a size."""
+        assert self.size is not None
+        return max(0, self.size - torch.cuda.memory_reserved(self.device)), self.size
+
     def _total(self) -> int:
         return torch.cuda.get_device_properties(self.device).total_memory
 
@@ -73,9 +80,11 @@ class Card:
                     f"a card of {self.size / 1e9:g} GB, of which this process already holds {held / 1e9:.1f} GB"
                 )
             torch.cuda.set_per_process_memory_fraction(self.size / self._total(), self.device)
+        self._held = self.held_gib()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._held = None
         if self.size is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
@@ -86,6 +95,12 @@ class Card:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
         self._meter.peaks()
+
+    def check_empty(self) -> None:
+        """Raises `RunError` where more is allocated than when the block was entered: figures would count it."""
+        held = self.held_gib()
+        if held is not None and self._held is not None and held > self._held + _LASTING_GIB:
+            raise RunError(f"{held - self._held:.2f} GiB of the GPU are still held by what ran before")
 
     def synchronize(self) -> None:
         """Wait for the device."""

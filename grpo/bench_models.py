@@ -167,12 +167,15 @@ def quantise(model: nn.Module) -> nn.Module:
 
 
 def build(case: Case, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    """The case's model, ready to train: its weights, or LoRA on all linear layers with a B that is not zero."""
+    """The case's model, ready to train: its weights, or an adapter (see `adapted`)."""
     model = random_model(case.shape, device, dtype, **changes)
     if case.training == "full":
         return model
-    if case.four_bit:
-        quantise(model)
+    return adapted(quantise(model) if case.four_bit else model, case)
+
+
+def adapted(model: nn.Module, case: Case) -> nn.Module:
+    """LoRA on all linear layers of `model`, its head excepted, with a B that is not zero."""
     model = add_adapter(model, AdapterConfig(r=case.rank))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

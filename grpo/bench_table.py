@@ -55,10 +55,9 @@ def result_rows(entry: dict[str, Any]) -> list[list[str]]:
 
 def _method_rows(method: dict[str, Any], error: float | None) -> list[list[str]]:
     name = method["method"]
-    if "skipped" in method and not method["rows"]:
-        return [[name, f"– ({method['skipped']})", *[""] * (len(COLUMNS) - 2)]]
     if "limited_by" not in method:
-        return [_cells(name, row, "", "", error) for row in method["rows"]]
+        reason = [[name, f"– ({method['skipped']})", *[""] * (len(COLUMNS) - 2)]] if "skipped" in method else []
+        return [_cells(name, row, "", "", error) for row in method["rows"]] + reason
     fails = next((f"{r['completion']:,}" for r in method["rows"] if r["tokens"] == method["fails_at"]), "")
     if method["longest"] is None:
         return [[name, "none", fails, method["limited_by"], *[""] * 6, _scientific(error)]]

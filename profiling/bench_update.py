@@ -79,7 +79,9 @@ def rows(case: Case, methods: list[Method], device: torch.device, seconds: float
                 model = build(case, device, dtype)
                 weights = _allocated(device)
             policy = None if method.peer else Policy(model, **dict(method.options))
-            run = PEERS[method.name](model, len(data.ids), device)(data) if policy is None else ours(policy, data)
+            run = (
+                PEERS[method.name].update(model, len(data.ids), device)(data) if policy is None else ours(policy, data)
+            )
             first = None
             if policy is not None and len(data.batches) > LONG:  # one bin warms up, then all are timed once
                 first = ours(policy, replace(data, batches=data.batches[:1]))

@@ -14,7 +14,9 @@ PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the command changes what
 
 Every method's gradient is held against float32 without savings at the widths of the shape (see bench_update). TRL runs
 with gradient checkpointing, one row a micro-batch and its chunked head; a second row puts the activation offloading of
-its other trainers around it. Left out: Unsloth, whose import rewrites transformers and trl for the whole process.
+its other trainers around it. Unsloth runs as it loads a model by itself, with an adapter. Each try of theirs is a
+process of its own; Unsloth's read a checkpoint, which is written to the temporary folder (16 GB for 8B). TRL and
+Unsloth want different versions of each other's packages: in one environment each, `--update` joins what they give.
 """
 
 from __future__ import annotations
@@ -137,7 +139,7 @@ def run(given: argparse.Namespace, case: Case, card: Card) -> Iterator[dict[str,
     start = time.perf_counter()
     methods = [method for method in WAYS if not given.only or method.name in given.only]
     check_lengths(card, given.tokens)
-    errors = {} if given.no_errors else gradient_errors(case, methods, card.device, length=ERROR_LENGTH)
+    errors = {} if given.no_errors else gradient_errors(case, methods, card.device, length=ERROR_LENGTH, say=_say)
     entry: dict[str, Any] = {
         "shape": case.shape,
         "training": case.training,

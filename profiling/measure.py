@@ -22,7 +22,18 @@ import torch
 HERE = Path(__file__).parent
 GIB = 2**30
 # Whose versions a figure may depend on
-PACKAGES = ("triton", "transformers", "peft", "bitsandbytes", "vllm", "trl", "liger_kernel", "cut_cross_entropy")
+PACKAGES = (
+    "triton",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "vllm",
+    "trl",
+    "unsloth",
+    "unsloth_zoo",
+    "liger_kernel",
+    "cut_cross_entropy",
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo import bench
+from grpo import bench, bench_try
 from grpo.bench import PLAIN, WAYS, at_lengths, attempt, benchmark, find_longest, gradient_errors
 from grpo.bench_card import Card, Rate, model_flops
 from grpo.bench_models import SHAPES, Case, build, model_config, quantise, random_model
@@ -188,15 +188,15 @@ class MadeCard(Card):
 @pytest.fixture
 def card(monkeypatch):
     """Steps that end in torch's own error above 190 tokens."""
-    made, original = MadeCard(CPU), bench._steps
+    made, original = MadeCard(CPU), bench_try._steps
 
-    def steps(case, method, card, rate):
+    def steps(case, method, card, rate, files):
         card.tokens = case.length
         if case.length > 190:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.56 GiB\nmore")
-        return original(case, method, card, rate)
+        return original(case, method, card, rate, files)
 
-    monkeypatch.setattr(bench, "_steps", steps)
+    monkeypatch.setattr(bench_try, "_steps", steps)
     return made
 
 
@@ -231,7 +231,7 @@ def test_only_memory_that_ran_out_is_a_row(monkeypatch, error, failed):
     def steps(*_):
         raise error
 
-    monkeypatch.setattr(bench, "_steps", steps)
+    monkeypatch.setattr(bench_try, "_steps", steps)
     if failed:
         assert attempt(TOY, RECOMPUTE, Card(CPU), Rate(1e12))["failed"] == str(error)
     else:
@@ -240,28 +240,16 @@ def test_only_memory_that_ran_out_is_a_row(monkeypatch, error, failed):
 
 
 def test_a_gradient_that_is_not_finite_is_no_figure(monkeypatch):
-    original = bench.ours
+    original = bench_try.ours
 
     def broken(policy, data):
         with torch.no_grad():
             next(iter(policy.trainable().values())).fill_(math.nan)
         return original(policy, data)
 
-    monkeypatch.setattr(bench, "ours", broken)
+    monkeypatch.setattr(bench_try, "ours", broken)
     with pytest.raises(RunError, match="ours, recompute, 64 tokens: the gradient is not finite"):
         attempt(TOY, RECOMPUTE, Card(CPU), Rate(1e12))
-
-
-def test_a_peer_that_is_not_installed_is_skipped(monkeypatch):
-    def absent(*_):
-        raise ImportError("No module named 'trl'")
-
-    monkeypatch.setitem(bench.PEERS, "TRL", absent)
-    (entry,) = at_lengths(TOY, [Method("TRL", peer=True)], Card(CPU), [64])
-    assert entry["skipped"] == "No module named 'trl'"
-    assert "TRL" not in gradient_errors(TOY, [Method("TRL", peer=True)], CPU)
-    (cells,) = result_rows({"methods": [entry]})
-    assert cells[1] == "– (No module named 'trl')"
 
 
 @pytest.mark.parametrize("training", [{"rank": 0}, {"four_bit": True}])

@@ -40,7 +40,8 @@ FLOORS = {
     **dict.fromkeys(["reward_import", "reward_placement", "reward_pool", "reward_served", "reward_spec", "data"], 3),
     **dict.fromkeys(["reward_arguments", "reward_prefill"], 3),
     **dict.fromkeys(["trainer", "sft", "export", "evaluate", "check_rewards"], 4),
-    **dict.fromkeys(["cli", "__main__", "demo", "bench", "bench_peers"], 5),
+    **dict.fromkeys(["cli", "__main__", "demo"], 5),
+    **dict.fromkeys(["bench", "bench_process", "bench_try", "bench_peers", "bench_unsloth"], 5),
 }
 TOP = 5  # also the package `grpo` itself: it offers names of every floor
 WITHOUT_CONFIG = ("grpo.algorithm", "grpo.kernels")
@@ -56,6 +57,7 @@ DOORS = {
     "torch.utils.tensorboard": ["grpo.trainer.metrics"],
     "datasets": ["grpo.data", "grpo.bench_peers"],
     "trl": ["grpo.bench_peers"],
+    "unsloth": ["grpo.bench_unsloth"],
     "triton": ["grpo.kernels.*_triton"],
 }
 TALKERS = ["grpo.cli", "grpo.__main__", "grpo.demo"]

@@ -292,7 +292,8 @@ class HostMemory:
         with torch.cuda.stream(self.to_host):
             kept.view.copy_(source, non_blocking=True)
             kept.copied.record(self.to_host)
-        self._sources.append((source, kept.copied))
+        # Without its graph: a graph holds this queue, and one that fails before its backward would never go.
+        self._sources.append((source.detach(), kept.copied))
         while len(self._sources) > 2:
             compute.wait_event(self._sources.popleft()[1])
         return kept

@@ -330,6 +330,28 @@ def test_gpu_one_graph_gradients_equal_one_by_one():
 
 
 @pytest.mark.gpu
+def test_gpu_a_forward_pass_that_fails_leaves_nothing_behind():
+    batch = bins(20, length=200, budget=8000)[0].to("cuda")
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def once():
+        policy = wide("offload")
+        policy.module.train()
+        policy.layers[4].register_forward_pre_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            policy.logprobs(batch, 1.0)
+
+    once()  # what libraries allocate once
+    gc.collect()
+    level = torch.cuda.memory_allocated()
+    once()
+    gc.collect()
+    assert torch.cuda.memory_allocated() == level
+
+
+@pytest.mark.gpu
 def test_gpu_memory_returns_to_its_level_after_each_bin():
     policy = wide("offload")
     policy.module.train()
