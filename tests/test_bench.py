@@ -12,7 +12,7 @@ from grpo.bench import PLAIN, WAYS, at_lengths, attempt, benchmark, find_longest
 from grpo.bench_card import Card, Rate, model_flops
 from grpo.bench_models import SHAPES, Case, build, model_config, quantise, random_model
 from grpo.bench_search import PRECISION, Search
-from grpo.bench_step import Data, Method
+from grpo.bench_step import Data
 from grpo.bench_table import COLUMNS, result_rows
 from grpo.errors import InputError, RunError
 from grpo.model.adapter import base_of
