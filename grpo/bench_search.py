@@ -37,7 +37,7 @@ class Search:
     budget_s: float
     most: int
     step: int = 512
-    max_tries: int = 8
+    max_tries: int = 12
     rows: list[Row] = field(default_factory=list)
     limited_by: str = ""
 
