@@ -12,12 +12,10 @@ Left out: rollouts, and the engine that may share the card with training.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from grpo.bench_card import FORMULA, Card, Rate
 from grpo.bench_models import MAX_POSITIONS, TRAINING_METHODS, Case, build, model_config
 from grpo.bench_peers import PEERS
-from grpo.bench_process import attempt_apart, gradient_apart
+from grpo.bench_process import PeerProcess
 from grpo.bench_search import Row, Search
 from grpo.bench_step import Data, Method, ours
 from grpo.bench_try import attempt_here, gradient_here, gradients
@@ -111,37 +109,23 @@ def _measured(
 ) -> dict[str, Any]:
     """What `run` finds with tries on the card, or why a peer cannot be measured."""
     try:
-        with _files(case, method, card) as files, card:
+        with PeerProcess(method, card) if method.peer else nullcontext() as process:
+            if process is not None:
+                process.prepare(case)
 
             def try_one(tokens: int) -> Row:
-                row = attempt(replace(case, length=tokens, bin_tokens=tokens), method, card, rate, files)
+                tried = replace(case, length=tokens, bin_tokens=tokens)
+                row = process.attempt(tried, rate) if process else attempt_here(tried, method, card, rate)
                 say(describe(method, row))
                 return row
 
-            return run(try_one)
+            with card:
+                return run(try_one)
     except (InputError, RunError) as error:
         if not method.peer:
             raise
         say(f"{method.name}: {clip(error, 160)}")
         return {"skipped": clip(error, 160)}
-
-
-@contextmanager
-def _files(case: Case, method: Method, card: Card, **changes: Any) -> Iterator[Path | None]:
-    """The case's model as files, for a peer that reads them; made without the card's cap."""
-    peer = PEERS.get(method.name) if method.peer else None
-    if peer is None or peer.write is None or not peer.installed:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        peer.write(case, Path(folder), card.device, card.dtype, **changes)
-        card.clean()
-        yield Path(folder)
-
-
-def attempt(case: Case, method: Method, card: Card, rate: Rate, files: Path | None = None) -> Row:
-    """`attempt_here` or, for a peer, `attempt_apart`, with the errors of either."""
-    return (attempt_apart if method.peer else attempt_here)(case, method, card, rate, files)
 
 
 def describe(method: Method, row: Row) -> str:
@@ -256,9 +240,10 @@ def gradient_errors(
 
 def _gradient_of(small: Case, method: Method, device: torch.device) -> dict[str, Tensor]:
     if not method.peer:
-        return gradient_here(small, method, device, None, num_hidden_layers=2)
-    with _files(small, method, Card(device), num_hidden_layers=2) as files:
-        return gradient_apart(small, method, device, files, num_hidden_layers=2)
+        return gradient_here(small, method, device, num_hidden_layers=2)
+    with PeerProcess(method, Card(device)) as process:
+        process.prepare(small, num_hidden_layers=2)
+        return process.gradients(small, num_hidden_layers=2)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

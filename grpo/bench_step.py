@@ -1,12 +1,14 @@
 """One policy update on made-up rollouts: the tokens, and forward + backward over them as in trainer/update.py.
 
 A row has 256 prompt tokens (half of it where it is shorter than 512) and the rest completion; ids, advantages and
-reference log-probs are random. The loss is GRPO's with beta 0.04.
+reference log-probs are random, the latter some 4 below the policy's: no token's KL comes near 10, where Unsloth cuts it
+off. The loss is GRPO's with beta 0.04.
 Left out: rollouts and rewards, which cost no GPU memory while the policy is updated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +58,7 @@ class Data:
         prompt = num_prompt(case.length)
         ids = torch.randint(0, vocabulary, (case.rows, case.length), generator=generator)
         advantages = torch.randn(case.rows, generator=generator)
-        reference = -11 + torch.randn(case.rows, case.length - prompt, generator=generator)
+        reference = 0.5 * torch.randn(case.rows, case.length - prompt, generator=generator) - math.log(vocabulary) - 4
         documents = [
             Document(row, ids[row, :prompt].tolist(), ids[row, prompt:].tolist(), (), float(advantages[row]))
             for row in range(case.rows)

@@ -37,7 +37,7 @@ def attempt_here(case: Case, method: Method, card: Card, rate: Rate, files: Path
     """Some steps at `case.length` from a clean allocator: their figures, or `failed` with what ran out.
 
     Args:
-        files: what a peer's `write` has written.
+        files: where a peer's `write` has written.
 
     Raises:
         RuntimeError: anything but memory that ran out; also memory still held by what ran before.
@@ -131,7 +131,7 @@ def _pin(policy: Policy | None, data: Data) -> float | None:
 
 
 def gradient_here(
-    case: Case, method: Method, device: torch.device, files: Path | None, **changes: Any
+    case: Case, method: Method, device: torch.device, files: Path | None = None, **changes: Any
 ) -> dict[str, Tensor]:
     """`gradients` of one step of a fresh model."""
     model, update, _ = _prepared(case, method, Card(device), files, **changes)

@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from grpo.bench import WAYS, attempt
+from grpo.bench import WAYS
 from grpo.bench_card import Card, Rate
 from grpo.bench_models import Case, model_config
+from grpo.bench_try import attempt_here
 from grpo.kernels import token_logprobs
 from profiling.measure import GIB, device_slug, environment, origin, peak_gib, write_between, write_json
 
@@ -167,7 +168,7 @@ def whole_steps(case: Case, card: Card, ways: tuple[str, ...]) -> Iterator[dict[
     for four_bit in (False, True):
         for way in (way for way in WAYS if way.name in ways):
             chosen = replace(case, four_bit=four_bit)
-            row = attempt(chosen, way, card, rate)
+            row = attempt_here(chosen, way, card, rate)
             yield {"training": chosen.training, "method": way.name, "rows": case.rows, **row}
 
 

@@ -8,12 +8,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo import bench, bench_try
-from grpo.bench import PLAIN, WAYS, at_lengths, attempt, benchmark, find_longest, gradient_errors
+from grpo.bench import PLAIN, WAYS, at_lengths, benchmark, find_longest, gradient_errors
 from grpo.bench_card import Card, Rate, model_flops
 from grpo.bench_models import SHAPES, Case, build, model_config, quantise, random_model
 from grpo.bench_search import PRECISION, Search
 from grpo.bench_step import Data
 from grpo.bench_table import COLUMNS, result_rows
+from grpo.bench_try import attempt_here
 from grpo.errors import InputError, RunError
 from grpo.model.adapter import base_of
 
@@ -233,10 +234,10 @@ def test_only_memory_that_ran_out_is_a_row(monkeypatch, error, failed):
 
     monkeypatch.setattr(bench_try, "_steps", steps)
     if failed:
-        assert attempt(TOY, RECOMPUTE, Card(CPU), Rate(1e12))["failed"] == str(error)
+        assert attempt_here(TOY, RECOMPUTE, Card(CPU), Rate(1e12))["failed"] == str(error)
     else:
         with pytest.raises(type(error), match=str(error)[:12]):
-            attempt(TOY, RECOMPUTE, Card(CPU), Rate(1e12))
+            attempt_here(TOY, RECOMPUTE, Card(CPU), Rate(1e12))
 
 
 def test_a_gradient_that_is_not_finite_is_no_figure(monkeypatch):
@@ -249,7 +250,7 @@ def test_a_gradient_that_is_not_finite_is_no_figure(monkeypatch):
 
     monkeypatch.setattr(bench_try, "ours", broken)
     with pytest.raises(RunError, match="ours, recompute, 64 tokens: the gradient is not finite"):
-        attempt(TOY, RECOMPUTE, Card(CPU), Rate(1e12))
+        attempt_here(TOY, RECOMPUTE, Card(CPU), Rate(1e12))
 
 
 @pytest.mark.parametrize("training", [{"rank": 0}, {"four_bit": True}])

@@ -8,13 +8,15 @@ import torch
 import transformers
 
 from grpo import bench
-from grpo.bench import at_lengths, attempt, find_longest, gradient_errors
+from grpo.bench import at_lengths, find_longest, gradient_errors
 from grpo.bench_card import Card, Rate
 from grpo.bench_models import Case, model_config
 from grpo.bench_peers import PEERS, Peer
+from grpo.bench_process import PeerProcess
 from grpo.bench_step import Method
 from grpo.bench_table import result_rows
-from grpo.errors import InputError, RunError
+from grpo.bench_try import attempt_here
+from grpo.errors import RunError
 
 CPU = torch.device("cpu")
 TOY = Case("toy", "toy", 1, 64, 64, rank=4)
@@ -115,8 +117,24 @@ def test_a_step_of_a_peer_is_the_step_of_ours(stand_ins):
 
 
 def test_memory_that_runs_out_there_is_a_row(stand_ins):
-    row = attempt(replace(TOY, length=92), TRL, Card(CPU), Rate(1e12))
-    assert row["failed"] == "CUDA out of memory. Tried to allocate 3.00 GiB" and row["tokens"] == 92
+    (entry,) = at_lengths(TOY, [TRL], Card(CPU), [80, 92, 94])
+    passed, failed = entry["rows"]
+    assert failed["failed"] == "CUDA out of memory. Tried to allocate 3.00 GiB" and failed["tokens"] == 92
+    assert passed["tokens"] == 80 and "skipped" not in entry
+
+
+def test_a_process_serves_until_a_try_fails_or_leaves_memory_behind(stand_ins, monkeypatch):
+    with PeerProcess(TRL, Card(CPU)) as process:
+        process.prepare(TOY)
+        rows = [process.attempt(replace(TOY, length=n), Rate(1e12)) for n in (64, 72)]
+        first = process._process
+        assert first is not None and first.poll() is None
+        rows.append(process.attempt(replace(TOY, length=92), Rate(1e12)))
+        assert process._process is None and first.poll() == 0
+        rows.append(process.attempt(replace(TOY, length=80), Rate(1e12)))
+        second = process._process
+    assert ["failed" in row for row in rows] == [False, False, True, False]
+    assert second.poll() is not None  # with the block it ends
 
 
 def test_a_process_that_dies_is_said_and_the_rows_before_it_stay(stand_ins):
@@ -145,8 +163,6 @@ def test_what_is_not_installed_is_said(monkeypatch):
     said = []
     assert "TRL" not in gradient_errors(TOY, [TRL], CPU, say=said.append)
     assert said == ["TRL: no gradient (a_package_that_is_not_there is not installed)"]
-    with pytest.raises(InputError, match="is not installed"):
-        attempt(TOY, TRL, Card(CPU), Rate(1e12))
 
 
 def test_figures_are_not_taken_beside_what_is_still_held():
@@ -161,7 +177,7 @@ def test_figures_are_not_taken_beside_what_is_still_held():
         card.check_empty()
         card.now = 3.5
         with pytest.raises(RunError, match=r"2\.50 GiB of the GPU are still held by what ran before"):
-            attempt(TOY, OURS, card, Rate(1e12))
+            attempt_here(TOY, OURS, card, Rate(1e12))
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from grpo import bench
+from grpo import bench_try
 from profiling.bench_update import TOY, build, gradient_errors, main, table
 
 
@@ -47,7 +47,7 @@ def test_updating_keeps_other_cases(results):
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch):
-    original = bench.Policy
+    original = bench_try.Policy
 
     def broken(model, **options):
         policy = original(model, **options)
@@ -56,7 +56,7 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
                 next(iter(policy.trainable().values())).mul_(1.2)
         return policy
 
-    monkeypatch.setattr(bench, "Policy", broken)
+    monkeypatch.setattr(bench_try, "Policy", broken)
     errors = gradient_errors(TOY[0], torch.device("cpu"))
     assert errors["ours, offload, tiled MLP"] > 1e-3 > errors["ours, offload"]
 
