@@ -57,8 +57,8 @@ def title(entry: dict[str, Any]) -> str:
 def table(data: dict[str, Any]) -> str:
     """Markdown of one results file."""
     lines: list[str] = []
-    for entry in data["searches"]:
-        lines += ["", f"**{title(entry)}**: {origin(entry['environment'])}", ""]
+    for entry in merged(data["searches"]):
+        lines += ["", f"**{title(entry)}**", "", *entry["origins"], ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         lines += ["| " + " | ".join(cells) + " |" for cells in result_rows(entry)]
     return "\n".join(lines[1:])
@@ -104,11 +104,14 @@ def plot(data: dict[str, Any], out: Path) -> None:
 
 
 def merged(searches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Searches of one setting, made by several commands, as one."""
+    """Searches of one setting, made by several commands, as one; `origins` says which command gave which method."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in searches:
-        first = found.setdefault(_setting(entry), entry | {"methods": []})
+        first = found.setdefault(_setting(entry), entry | {"methods": [], "gradient_errors": {}, "origins": []})
         first["methods"] = [*first["methods"], *entry["methods"]]
+        first["gradient_errors"] = {**first["gradient_errors"], **entry["gradient_errors"]}
+        names = "; ".join(method["method"] for method in entry["methods"])
+        first["origins"].append(f"- {names}: {origin(entry['environment'])}")
     return list(found.values())
 
 

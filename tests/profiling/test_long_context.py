@@ -55,7 +55,8 @@ def made_up():
 
 def test_the_table_of_a_search():
     text = table({"searches": [made_up()]})
-    assert "**llama-3.1-8b, qlora rank 16, 24 GB, a:True**: GPU, torch 2.11" in text and "`python -m x`" in text
+    assert "**llama-3.1-8b, qlora rank 16, 24 GB, a:True**\n" in text
+    assert "- ours, offload; b; TRL: GPU, torch 2.11" in text and "`python -m x`" in text
     assert (
         "| ours, offload | 81,664 | 84,224 | memory | 8.19 | 10,000 | 50.0% | 21.38 | 22.38 | 1.25 | 2.0e-02 |" in text
     )
@@ -85,6 +86,9 @@ def test_methods_measured_by_several_commands_stand_together():
     assert [m["method"] for m in one["methods"]] == ["b", "TRL", "ours, offload"] and one["methods"][2]["longest"] == 1
     assert eighty["card_gb"] == 80.0 and len(eighty["methods"]) == 3
     assert len(first["methods"]) == 3  # left as it was
+    assert [line.partition(":")[0] for line in one["origins"]] == ["- b; TRL", "- ours, offload"]
+    first["gradient_errors"], second["gradient_errors"] = {"b": 1.0, "TRL": 2.0}, {"TRL": 3.0}
+    assert long_context.merged([first, second])[0]["gradient_errors"] == {"b": 1.0, "TRL": 3.0}
 
 
 def test_the_picture_shows_every_length(tmp_path, monkeypatch):
