@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,7 @@ class PeerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self._end()
         self._temporary.cleanup()
 
     def prepare(self, case: Case, **changes: Any) -> None:
@@ -92,17 +91,26 @@ class PeerProcess:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            self._process, code = None, process.wait()
+            code = process.wait()
+            self._end()
             lines = (self._folder / _LOG).read_text(errors="replace").splitlines()
             last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
             raise RunError(f"its process ended with {code}: {clip(last, 160)}")
         found: dict[str, Any] = json.loads(answer)
         if found["last"]:
-            process.wait()
-            self._process = None
+            self._end()
         if "refused" in found:
             raise InputError(found["refused"])
         return found
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()  # it has nothing more to say, and a library's threads may keep it
+        with suppress(BrokenPipeError):
+            process.communicate()
+        self._answers.close()
 
     def _start(self) -> subprocess.Popen[str]:
         paths = [str(Path(path).resolve()) for path in sys.path]
