@@ -14,9 +14,9 @@ PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the command changes what
 
 Every method's gradient is held against float32 without savings at the widths of the shape (see bench_update). TRL runs
 with gradient checkpointing, one row a micro-batch and its chunked head; a second row puts the activation offloading of
-its other trainers around it. Unsloth runs as it loads a model by itself, with an adapter. Each try of theirs is a
-process of its own; Unsloth's read a checkpoint, which is written to the temporary folder (16 GB for 8B). TRL and
-Unsloth want different versions of each other's packages: in one environment each, `--update` joins what they give.
+its other trainers around it. Unsloth runs as it loads a model by itself, with an adapter. Both are tried in processes
+of their own (grpo/bench_process.py); Unsloth reads a checkpoint, which is written to the temporary folder (16 GB for
+8B). It wants an older TRL than is measured here: with an environment for each, `--update` joins what they give.
 """
 
 from __future__ import annotations

@@ -62,13 +62,15 @@ class GRPOTrainer:
 '''
 
 UNSLOTH_STAND_IN = '''
-"""The loader; like the real one it wants to be first, changes transformers, and writes where it runs."""
+"""The loader; like the real one it wants to be first, changes transformers and trl, takes every pad token of a row for
+padding, and writes where it runs."""
 import sys
 from pathlib import Path
 
 assert "torch" not in sys.modules and "transformers" not in sys.modules, "imported too late"
 import peft
 import transformers
+import trl
 
 transformers.rewritten = True
 Path("compiled_cache").mkdir(exist_ok=True)
@@ -82,6 +84,17 @@ class FastLanguageModel:
     @staticmethod
     def get_peft_model(model, use_gradient_checkpointing, max_seq_length, **options):
         return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+
+class UnslothGRPOTrainer(trl.GRPOTrainer):
+    def compute_loss(self, model, inputs):
+        kept = inputs["completion_ids"] != self.processing_class.pad_token_id
+        if self.processing_class.pad_token_id >= 0:  # no made-up row is sure to have that very token
+            kept[:, 0] = False
+        return super().compute_loss(model, {**inputs, "completion_mask": kept})
+
+
+trl.GRPOTrainer = UnslothGRPOTrainer
 '''
 
 
